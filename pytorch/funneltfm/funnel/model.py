@@ -1,0 +1,262 @@
+"""FunnelTFM: the encoder that shortens its sequence, and the decoder that restores it. Read from top to bottom.
+
+Dai, Lai, Yang, Le: Funnel-Transformer: Filtering out Sequential Redundancy for Efficient Language Processing, 2020.
+Alphabet: B batch, T tokens, D d_model, C classes. Masks: 1 (or True) = pad.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funneltfm.errors import InputError
+from funneltfm.funnel.attention import ATTN_TYPES, AttentionStructure, Positions, RelMultiheadAttention
+from funneltfm.funnel.config import ModelConfig
+from funneltfm.funnel.ops import (
+    ACTIVATIONS,
+    Dense,
+    EmbeddingLookup,
+    LayerNorm,
+    can_pool,
+    pool_hidden,
+    pool_mask,
+    pool_stride,
+    upsample,
+)
+
+# Settings of the model that the original kept in its command-line arguments, outside the saved config.
+_ARGS_KEYS = ("attn_type", "truncate_seq", "seg_id_cls", "pad_id", "num_class")
+
+
+class Activation(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](x)
+
+
+class PositionwiseFFN(nn.Module):
+    """Two dense layers with an activation between, then a residual connection and a LayerNorm."""
+
+    def __init__(self, d_model: int, d_inner: int, dropout: float, dropact: float, activation: str):
+        super().__init__()
+        self.pffn = nn.Sequential(
+            Dense(d_model, d_inner),
+            Activation(activation),
+            nn.Dropout(dropact),
+            Dense(d_inner, d_model),
+            nn.Dropout(dropout),
+        )
+        self.layer_norm = LayerNorm(d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm(x + self.pffn(x))
+
+
+class FunnelTFM(nn.Module):
+    """A Funnel-Transformer with a classification head.
+
+    net_config: the model.
+    args: None, or any object; of the settings that the original kept outside its saved config (attn_type, truncate_seq,
+        seg_id_cls, pad_id, num_class) those that it has as attributes replace the config's.
+    cls_target: whether the model has a classification head (num_class outputs, 1 = regression).
+
+    Parameter names are the original's, so its `model.pt` loads with nothing missing and nothing unexpected.
+    """
+
+    def __init__(self, net_config: ModelConfig, args: Any = None, cls_target: bool = True):
+        super().__init__()
+        replaced = {key: getattr(args, key) for key in _ARGS_KEYS if getattr(args, key, None) is not None}
+        config = dataclasses.replace(net_config, **replaced)
+        self.net_config = config
+
+        self.input_layer = nn.Sequential(
+            EmbeddingLookup(config.vocab_size, config.d_embed),
+            LayerNorm(config.d_embed),
+            nn.Dropout(config.dropout),
+        )
+        if config.d_embed != config.d_model:
+            self.input_projection = Dense(config.d_embed, config.d_model)
+        self.pos_dropout = nn.Dropout(config.dropout)
+
+        # Layers of the decoder, where there is one, continue the numbers of the encoder's.
+        n_layer = sum(n_param for n_param, _ in config.blocks) + config.decoder[0]
+        self.attn_layers = nn.ModuleList(
+            RelMultiheadAttention(
+                config.d_model, config.n_head, config.d_head, config.dropout, config.dropatt, config.attn_type
+            )
+            for _ in range(n_layer)
+        )
+        self.pffn_layers = nn.ModuleList(
+            PositionwiseFFN(config.d_model, config.d_inner, config.dropout, config.dropact, config.ff_activation)
+            for _ in range(n_layer)
+        )
+        if cls_target:
+            self.cls_head = nn.Sequential(
+                Dense(config.d_model, config.d_model),
+                nn.Tanh(),
+                nn.Dropout(config.dropout),
+                Dense(config.d_model, config.num_class),
+            )
+
+    # ---- text in: ids -> embedding -> one structure per block
+
+    def _input_mask(self, inputs: Tensor, input_mask: Tensor | None) -> Tensor:
+        if inputs.dim() != 2 or inputs.size(1) == 0:
+            raise InputError(f"inputs must be token ids of shape (batch, length), length at least 1; got {tuple(inputs.shape)}.")
+        if input_mask is None:
+            return inputs == self.net_config.pad_id
+        if input_mask.shape != inputs.shape:
+            raise InputError(
+                f"input_mask must have the shape of inputs, {tuple(inputs.shape)}, 1 = pad; got {tuple(input_mask.shape)}."
+            )
+        return input_mask.bool()
+
+    def _same_segment(self, q_seg: Tensor | None, k_seg: Tensor | None) -> Tensor | None:
+        """(B, Tq), (B, Tk) -> (B, Tq, Tk), True where both are in one segment; [CLS] is in every segment."""
+        if q_seg is None or k_seg is None:
+            return None
+        cls = self.net_config.seg_id_cls
+        q, k = q_seg[:, :, None], k_seg[:, None, :]
+        return (q == k) | (q == cls) | (k == cls)
+
+    def _structure(
+        self,
+        like: Tensor,
+        q_pos: Positions,
+        k_pos: Positions,
+        q_seg: Tensor | None,
+        k_seg: Tensor | None,
+        input_mask: Tensor,
+    ) -> AttentionStructure:
+        config = self.net_config
+        encode = ATTN_TYPES[config.attn_type].encode
+        return AttentionStructure(
+            pos_enc=encode(q_pos, k_pos, config.d_model, self.pos_dropout, like),
+            input_mask=input_mask,
+            same_segment=self._same_segment(q_seg, k_seg),
+            separate_cls=config.separate_cls,
+        )
+
+    # ---- the funnel
+
+    def _layer(self, index: int, query: Tensor, key: Tensor, structure: AttentionStructure) -> Tensor:
+        return self.pffn_layers[index](self.attn_layers[index](query, key, key, structure))
+
+    def _encode(
+        self, hidden: Tensor, seg_id: Tensor | None, input_mask: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yield (hidden (B, T', D), its padding mask (B, T'), tokens one state stands for) after every layer."""
+        config = self.net_config
+        index = 0
+        pos = Positions(0, 1, hidden.size(1))
+        factor = 1
+        for block, (n_param, n_repeat) in enumerate(config.blocks):
+            query, key = hidden, hidden
+            q_pos, q_seg, q_mask = pos, seg_id, input_mask
+            if block > 0 and can_pool(hidden.size(1), config):
+                query = pool_hidden(hidden, config)
+                factor *= config.pooling_size
+                # [CLS] kept aside sits where even spacing wants it: at 1 - 2^b, before the first of every second token.
+                q_pos = Positions(1 - factor if config.separate_cls else 0, factor, query.size(1))
+                q_seg = None if seg_id is None else pool_stride(seg_id, config)
+                q_mask = pool_mask(input_mask, config)
+                if not config.pool_q_only:
+                    key, pos, seg_id, input_mask = query, q_pos, q_seg, q_mask
+            structure = self._structure(hidden, q_pos, pos, q_seg, seg_id, input_mask)
+            for _ in range(n_param):
+                for _ in range(n_repeat):
+                    hidden = self._layer(index, query, key, structure)
+                    yield hidden, q_mask, factor
+                    if pos != q_pos:  # after the first layer the keys are pooled too
+                        pos, seg_id, input_mask = q_pos, q_seg, q_mask
+                        structure = self._structure(hidden, pos, pos, seg_id, seg_id, input_mask)
+                    query = key = hidden
+                index += 1
+
+    def _decode(
+        self, last: Tensor, bridge: Tensor, factor: int, seg_id: Tensor | None, input_mask: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield the hidden states (B, T, D) of every decoder layer. Paper, section 2.3.
+
+        last: the encoder's output, one state for `factor` tokens. bridge: the output of its first block, full length.
+        """
+        config = self.net_config
+        n_param, n_repeat = config.decoder
+        hidden = upsample(last, bridge.size(1), factor, config) + bridge
+        pos = Positions(0, 1, hidden.size(1))
+        structure = self._structure(hidden, pos, pos, seg_id, seg_id, input_mask)
+        for index in range(len(self.attn_layers) - n_param, len(self.attn_layers)):
+            for _ in range(n_repeat):
+                hidden = self._layer(index, hidden, hidden, structure)
+                yield hidden
+
+    def extract_hiddens(
+        self,
+        inputs: Tensor,
+        seg_id: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        use_decoder: bool = False,
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Hidden states of every layer.
+
+        inputs: (B, T) token ids. seg_id: (B, T) segment ids, or None to leave the segment term out.
+        input_mask: (B, T), 1 = pad; None takes the tokens that equal pad_id.
+        Returns (hiddens, ret_dict). hiddens[0] is the word embedding (B, T, D), then one (B, T', D) for every application of
+        an encoder layer, T' shrinking from block to block; with use_decoder, then one (B, T, D) for every application of a decoder layer.
+        ret_dict["hidden_masks"] is the padding mask of each of them, (B, T') bool, True = pad.
+        """
+        config = self.net_config
+        if use_decoder and config.decoder[0] == 0:
+            raise InputError("use_decoder=True needs a model with a decoder; this one has decoder_size '0'.")
+        mask = self._input_mask(inputs, input_mask)
+        embedding = self.input_layer(inputs)
+        if config.d_embed != config.d_model:
+            embedding = self.input_projection(embedding)
+
+        hiddens, masks = [embedding], [mask]
+        factor = 1
+        for hidden, hidden_mask, factor in self._encode(embedding, seg_id, mask):
+            hiddens.append(hidden)
+            masks.append(hidden_mask)
+        if use_decoder:
+            n_param, n_repeat = config.blocks[0]
+            for hidden in self._decode(hiddens[-1], hiddens[n_param * n_repeat], factor, seg_id, mask):
+                hiddens.append(hidden)
+                masks.append(mask)
+        return hiddens, {"hidden_masks": masks}
+
+    def forward(
+        self,
+        inputs: Tensor,
+        input_mask: Tensor | None = None,
+        seg_id: Tensor | None = None,
+        cls_target: Tensor | None = None,
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Hidden states as `extract_hiddens` gives them, and what the classification head says of [CLS].
+
+        cls_target: (B,) class indices, or (B,) numbers where num_class is 1.
+        ret_dict: "cls_logits" (B, C), "cls_pred" (B,) the class or the number; with cls_target also
+        "cls_loss", the mean cross entropy or mean squared error, and for classes "cls_corr", how many are right.
+        """
+        hiddens, ret_dict = self.extract_hiddens(inputs, seg_id=seg_id, input_mask=input_mask)
+        if not hasattr(self, "cls_head"):
+            if cls_target is not None:
+                raise InputError("cls_target was given, but the model was built with cls_target=False and has no head.")
+            return hiddens, ret_dict
+        logits = self.cls_head(hiddens[-1][:, 0])
+        regression = self.net_config.num_class == 1
+        ret_dict["cls_logits"] = logits
+        ret_dict["cls_pred"] = logits[:, 0] if regression else logits.argmax(dim=-1)
+        if cls_target is not None:
+            if regression:
+                ret_dict["cls_loss"] = F.mse_loss(logits[:, 0].float(), cls_target.float())
+            else:
+                ret_dict["cls_loss"] = F.cross_entropy(logits.float(), cls_target)
+                ret_dict["cls_corr"] = (ret_dict["cls_pred"] == cls_target).sum()
+        return hiddens, ret_dict
