@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from funneltfm.errors import InputError
+from funneltfm.files import write_json
 
 AttnType = Literal["rel_shift", "factorized"]
 PoolingType = Literal["mean", "max", "min"]
@@ -193,10 +194,7 @@ class ModelConfig:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the config as JSON: complete or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, self.to_dict())
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:

@@ -1,0 +1,55 @@
+"""`funneltfm VERB ...`. One verb a file; a verb is imported when it is called, so that `--help` is quick."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from funneltfm.errors import InputError
+
+VERBS = {"classify": "finetune a Funnel-Transformer on text classification"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: funneltfm VERB [flags]\n\nverbs (`funneltfm VERB --help` lists the flags):")
+        print("\n".join(f"  {verb:12}{what}" for verb, what in VERBS.items()))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from funneltfm import __version__
+
+        print(f"funneltfm {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"funneltfm: error: no verb {verb!r}; the verbs are {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    _log_to_terminal()
+    try:
+        importlib.import_module(f"funneltfm.cli.{verb}").main(rest)
+    except (InputError, OSError) as error:
+        if "--debug" in rest:
+            raise
+        print(f"funneltfm {verb}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nfunneltfm {verb}: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """Writes to the present stderr, whatever it is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        print(prefix + self.format(record), file=sys.stderr, flush=True)
+
+
+def _log_to_terminal() -> None:
+    logger = logging.getLogger("funneltfm")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_TqdmHandler())

@@ -1,0 +1,89 @@
+"""Checkpoints in and out: which tensor goes where, and what to say when one does not fit."""
+
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funneltfm.errors import InputError
+from funneltfm.files import atomic_path, existing_file
+
+log = logging.getLogger(__name__)
+
+_HEAD = re.compile(r"cls_head\.")
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a `model.pt` by name. Files from strangers are safe: nothing but tensors is unpickled."""
+    path = existing_file(path, "the checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0][:200]}). Expected a state dict saved by torch.save, "
+            f"such as model.pt of a published archive; a file that was cut short must be downloaded or copied again."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} must hold a state dict (names to tensors); it holds a {type(state).__name__} with other values.")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], new_head: bool = False) -> list[str]:
+    """Load a checkpoint into `model`; every tensor must find its place.
+
+    new_head: the classification head may be absent from the checkpoint, or have another number of classes; what does not fit
+        keeps its fresh initialisation.
+    Returns the names of parameters that were not loaded. Raises InputError for anything else that is missing, unexpected or of
+    another shape, naming it.
+    """
+    state = read_state(path)
+    own = model.state_dict()
+    if new_head:
+        for name in [name for name in state if _HEAD.match(name)]:
+            if name not in own or state[name].shape != own[name].shape:
+                del state[name]
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    refused = [name for name in missing if not (new_head and _HEAD.match(name))]
+    if refused or unexpected or shapes:
+        raise InputError(_explain(Path(path), own, state, refused, unexpected, shapes))
+    model.load_state_dict(state, strict=False)
+    return missing
+
+
+def _explain(
+    path: Path, own: dict[str, Tensor], state: dict[str, Tensor], missing: list[str], unexpected: list[str], shapes: list[str]
+) -> str:
+    table = "input_layer.0.lookup_table"
+    if table in shapes and own[table].shape[0] != state[table].shape[0]:
+        return (
+            f"the vocabulary does not match the checkpoint: {path} has embeddings of {state[table].shape[0]} pieces, "
+            f"the model is built for {own[table].shape[0]}. Give the vocabulary (--tokenizer_path) and the config (--init_ckpt_config) that "
+            f"belong to the checkpoint."
+        )
+    parts = []
+    if shapes:
+        example = shapes[0]
+        parts.append(
+            f"{len(shapes)} of another shape (first {example}: {tuple(state[example].shape)} there, {tuple(own[example].shape)} here)"
+        )
+    for names, what in ((missing, "missing"), (unexpected, "unexpected")):
+        if names:
+            parts.append(f"{len(names)} {what} (first {names[0]})")
+    return (
+        f"the checkpoint {path} does not fit the model: of its {len(state)} tensors, {'; '.join(parts)}. "
+        f"Give the config that belongs to it with --init_ckpt_config."
+    )
+
+
+def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the model's tensors as a `model.pt` under the original's names: complete or not at all."""
+    state: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)

@@ -1,0 +1,209 @@
+"""The flags of a finetuning run: frozen dataclasses whose attribute docstrings are the help texts. No torch here."""
+
+import dataclasses
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from funneltfm.errors import InputError
+from funneltfm.funnel.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFlags:
+    """Where the model comes from"""
+
+    model_size: str | None = None
+    """A size by name: H768 or H1024 sets d_embed, d_model, n_head, d_head and d_inner; B4-4-4H768 sets block_size too."""
+    vocab_size: int | None = None
+    """Rows of the embedding table. Default: as many as the vocabulary has pieces."""
+    init_ckpt: str | None = None
+    """Checkpoint (model.pt) to start from; without it training starts from scratch."""
+    init_ckpt_config: str | None = None
+    """Config (JSON) of init_ckpt. Its keys win over flags. Default: the net_config*.json beside init_ckpt."""
+    overwrite_keys: str = ""
+    """Config keys, separated by commas, for which flags win over init_ckpt_config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Data and text"""
+
+    dataset: str | None = None
+    """A known set (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI, AX, Yelp-2, Yelp-5, IMDB, AG, DBpedia, Amazon-2, Amazon-5), or custom for your own files."""
+    data_dir: str | None = None
+    """Folder with the set's files; for custom: train, valid (or dev) and test as .jsonl, .csv or .tsv, or a Hugging Face dataset folder."""
+    text_a: str = "text_a"
+    """custom: column of the text, or of the first text of a pair."""
+    text_b: str | None = None
+    """custom: column of the second text of a pair."""
+    label: str = "label"
+    """custom: column of the label."""
+    regression: bool = False
+    """custom: labels are numbers to predict, not classes."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a broken row of the data: stop, or skip it and say how many were skipped."""
+    output_dir: str = "proc_data"
+    """Folder of the processed data, reused when nothing that matters has changed."""
+    overwrite_data: bool = False
+    """Process the data anew even if it is there."""
+    max_length: int = 128
+    """Longest input in tokens, special ones included; longer texts are cut."""
+    pad_to: Literal["canonical", "longest", "max_length"] = "canonical"
+    """How far a batch is padded: canonical is the shortest length at which padding changes no result, longest is the original's way."""
+    tokenizer_type: Literal["word_piece", "sent_piece"] = "word_piece"
+    """Kind of vocabulary."""
+    tokenizer_path: str | None = None
+    """Vocabulary file: one piece a line (word_piece) or a SentencePiece model (sent_piece)."""
+    cased: bool = False
+    """Keep upper case and accents."""
+    seg_id_a: int = 0
+    """Segment id of the first text."""
+    seg_id_b: int = 1
+    """Segment id of the second text."""
+    seg_id_pad: int = 0
+    """Segment id of padding."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the main process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Training and evaluation"""
+
+    lr: float = 1e-5
+    """Highest learning rate."""
+    warmup_prop: float = 0.1
+    """Share of the steps in which the learning rate rises from 0 to lr; then it falls linearly to min_lr."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW; biases and layer norms have none."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    epochs: int = 10
+    """Passes over the training data."""
+    train_bsz: int = 16
+    """Batch size in training, per device."""
+    valid_bsz: int = 32
+    """Batch size in validation."""
+    test_bsz: int = 32
+    """Batch size in testing."""
+    n_valid: int = 10
+    """Validations in the run, evenly spaced, the last one at the end."""
+    n_log_epoch: int = 20
+    """Log lines in an epoch."""
+    seed: int = 42
+    """Seed of initialisation, data order and dropout. The same seed gives the same numbers on the same machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """The run"""
+
+    model_dir: str | None = None
+    """Folder of the run: config, metrics, checkpoints, best model, predictions, plots. Default: the next free exp/DATASET/run_N."""
+    log_path: str | None = None
+    """Log file. Default: log.txt in model_dir."""
+    overwrite: bool = False
+    """Start anew in a model_dir that already holds a run; its files are removed first."""
+    resume: bool = False
+    """Go on with the run in model_dir (by default the newest exp/DATASET/run_N) from its last checkpoint."""
+    test_only: bool = False
+    """No training: evaluate init_ckpt, or else the best model in model_dir."""
+    write_prediction: bool = False
+    """Write predictions of the valid and test sets, for GLUE sets also in the form that its server takes."""
+    baselines: bool = False
+    """Also score the majority class and a linear model on a bag of words, for comparison."""
+    debug: bool = False
+    """Show where in the code an error arises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """Devices and precision"""
+
+    device_id: int = 0
+    """GPU to use; -1 is the CPU. Without a GPU the CPU is used."""
+    fp16: bool = False
+    """Half precision on a GPU, in the way that amp_opt says."""
+    amp_opt: Literal["O0", "O1", "O2", "O3"] = "O2"
+    """With fp16: O0 is fp32, O1 autocast with loss scaling, O2 half weights with fp32 masters (not available yet: an error), O3 pure half."""
+    distributed_world_size: int = 1
+    """Number of processes. More than one is not available yet: an error."""
+    distributed_rank: int = 0
+    """Rank of this process."""
+    distributed_init_method: str | None = None
+    """Address at which processes meet."""
+    distributed_port: int = 11111
+    """Port at which processes meet."""
+    distributed_backend: str = "nccl"
+    """How processes talk."""
+    ddp_backend: Literal["apex", "pytorch"] = "pytorch"
+    """Data-parallel implementation."""
+    log_all_processes: bool = False
+    """Every process logs, not the first alone."""
+
+
+# What the data decides (num_class, pad_id) and what a classifier does not use (decoder_size) are no flags.
+MODEL_SKIP = ("vocab_size", "num_class", "pad_id", "decoder_size")
+GROUPS: tuple[tuple[str, type, tuple[str, ...]], ...] = (
+    ("Data and text", DataFlags, ()),
+    ("Where the model comes from", StartFlags, ()),
+    ("The model", ModelConfig, MODEL_SKIP),
+    ("Training and evaluation", TrainFlags, ()),
+    ("The run", RunFlags, ()),
+    ("Devices and precision", DeviceFlags, ()),
+)
+
+_POSITIVE = ("lr", "epochs", "train_bsz", "valid_bsz", "test_bsz", "n_valid", "n_log_epoch", "distributed_world_size")
+_NOT_NEGATIVE = ("min_lr", "weight_decay", "clip", "seed", "num_workers", "seg_id_a", "seg_id_b", "seg_id_pad")
+
+
+class Args(SimpleNamespace):
+    """All flags of a run in one flat namespace, checked. `given` holds the names that were set on purpose."""
+
+    given: frozenset[str] = frozenset()
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag and its value."""
+        return {name: getattr(self, name) for name in flag_fields()}
+
+
+def flag_fields() -> dict[str, dataclasses.Field]:
+    """Every flag by name, in the order of the help."""
+    return {
+        field.name: field for _, cls, skip in GROUPS for field in dataclasses.fields(cls) if field.name not in skip
+    }
+
+
+def make_args(**flags: Any) -> Args:
+    """Flags over their defaults. Raises InputError for a name that is no flag and for values out of range."""
+    fields = flag_fields()
+    if unknown := sorted(set(flags) - set(fields)):
+        raise InputError(f"unknown flag {', '.join(unknown)}; `funneltfm classify --help` lists them.")
+    args = Args(**{name: field.default for name, field in fields.items()} | flags)
+    args.given = frozenset(flags)
+    _check(args)
+    return args
+
+
+def _check(args: Args) -> None:
+    for name in _POSITIVE:
+        if getattr(args, name) <= 0:
+            raise InputError(f"{name} must be more than 0; got {getattr(args, name)}.")
+    for name in _NOT_NEGATIVE:
+        if getattr(args, name) < 0:
+            raise InputError(f"{name} must not be negative; got {getattr(args, name)}.")
+    if not 0 <= args.warmup_prop <= 1:
+        raise InputError(f"warmup_prop must be between 0 and 1; got {args.warmup_prop}.")
+    if args.min_lr > args.lr:
+        raise InputError(f"min_lr must not be above lr; got {args.min_lr} and {args.lr}.")
+    if args.max_length < 5:
+        raise InputError(f"max_length must leave room for [CLS], [SEP] and text: at least 5; got {args.max_length}.")
+    if args.device_id < -1:
+        raise InputError(f"device_id must be the number of a GPU, or -1 for the CPU; got {args.device_id}.")
+    if args.distributed_world_size > 1:
+        raise InputError("distributed_world_size above 1 is not available yet; run one process.")
+    if args.fp16 and args.amp_opt == "O2":
+        raise InputError("amp_opt O2 is not available yet; give --amp_opt=O1 (or O0, O3).")

@@ -1,0 +1,75 @@
+"""Pictures of a run, as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funneltfm.files import atomic_path
+
+
+def _figure(**kwargs: Any) -> tuple[Any, Any]:
+    """A figure that needs no display and leaves pyplot's global state alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **kwargs)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def learning_curves(rows: Sequence[dict[str, float]], splits: Sequence[str], metric: str, best_step: int, path: Path) -> None:
+    """Loss (left) and the main metric (right) over the steps; a dotted line marks the best checkpoint."""
+    figure, subplots = _figure(figsize=(10, 4))
+    left, right = subplots(1, 2)
+    for key, label, axis in [
+        ("train/loss", "train", left),
+        *((f"{split}/loss", split, left) for split in splits),
+        *((f"{split}/{metric}", split, right) for split in splits),
+    ]:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+    for axis, title in ((left, "loss"), (right, metric)):
+        axis.axvline(best_step, color="gray", linestyle=":", label="best")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    _save(figure, path)
+
+
+def confusion_matrix(pred: np.ndarray, target: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
+    """Rows are the true classes, columns the predicted ones; colours are shares of a row, numbers are counts."""
+    n = len(labels)
+    counts = np.zeros((n, n), np.int64)
+    np.add.at(counts, (target, pred), 1)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = max(4.0, 0.6 * n + 2)
+    figure, subplots = _figure(figsize=(size + 1, size))
+    axis = subplots()
+    image = axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, label="share of the true class")
+    axis.set(title=title, xlabel="predicted", ylabel="true", xticks=range(n), yticks=range(n))
+    axis.set_xticklabels(labels, rotation=45 if n > 3 else 0, ha="right" if n > 3 else "center")
+    axis.set_yticklabels(labels)
+    for row, column in np.ndindex(n, n):
+        color = "white" if share[row, column] > 0.5 else "black"
+        axis.text(column, row, counts[row, column], ha="center", va="center", color=color)
+    _save(figure, path)
+
+
+def regression_scatter(pred: np.ndarray, target: np.ndarray, title: str, path: Path) -> None:
+    """Predicted against true numbers."""
+    figure, subplots = _figure(figsize=(5, 5))
+    axis = subplots()
+    axis.scatter(target, pred, s=6, alpha=0.5)
+    ends = [min(target.min(), pred.min()), max(target.max(), pred.max())]
+    axis.plot(ends, ends, color="gray", linestyle=":")
+    axis.set(title=title, xlabel="true", ylabel="predicted")
+    _save(figure, path)

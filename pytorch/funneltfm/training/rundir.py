@@ -1,0 +1,110 @@
+"""The folder of a run: where it is, what is in it, and that nothing in it is lost by accident."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from funneltfm.errors import InputError
+
+# What a run writes; `overwrite` removes these and nothing else.
+_FILES = ("config.yaml", "net_config.json", "metrics.csv", "results.json", "log.txt")
+_FOLDERS = ("checkpoints", "best", "predictions", "plots")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in the folder of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The flags of the run; `--config` reads it."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`last.ckpt`, from which a run resumes, and `best.ckpt`."""
+        return self.root / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def model(self) -> Path:
+        """The best model under the original's names."""
+        return self.root / "best" / "model.pt"
+
+    @property
+    def net_config(self) -> Path:
+        return self.root / "best" / "net_config.json"
+
+    @property
+    def labels(self) -> Path:
+        """Class names of the best model, in order."""
+        return self.root / "best" / "labels.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.root / "predictions"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    def exists(self) -> bool:
+        """Whether there is anything here to lose."""
+        return any(path.exists() for path in (self.metrics, self.results, self.checkpoints, self.model.parent))
+
+    def clear(self) -> None:
+        for name in _FILES:
+            (self.root / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(self.root / name, ignore_errors=True)
+
+
+def find_run(model_dir: str | None, dataset: str, resume: bool, test_only: bool, overwrite: bool) -> RunDir:
+    """The folder to use; an InputError where it would be the wrong one.
+
+    Without model_dir: the newest exp/DATASET/run_N to resume or test, else the next free number.
+    """
+    if model_dir is None:
+        parent = Path("exp") / dataset
+        numbers = [int(m[1]) for p in parent.glob("run_*") if (m := re.fullmatch(r"run_(\d+)", p.name))]
+        going_on = resume or test_only
+        if going_on and not numbers:
+            if test_only:
+                return RunDir(parent / "run_1")
+            raise InputError(f"there is no run to resume: no {parent}/run_N. Name the run's folder with --model_dir.")
+        return RunDir(parent / f"run_{max(numbers, default=0) + (not going_on)}")
+    run = RunDir(Path(model_dir))
+    if run.root.exists() and not run.root.is_dir():
+        raise InputError(f"model_dir {run.root} is a file; it must be a folder, or the name of a new one.")
+    if resume or test_only or not run.exists():
+        return run
+    if overwrite:
+        run.clear()
+        return run
+    raise InputError(
+        f"{run.root} already holds a run. Give --resume to go on with it, --overwrite to remove it and start anew, "
+        f"or another --model_dir."
+    )
+
+
+def read_labels(run: RunDir) -> tuple[str, ...] | None:
+    """Class names that the best model was trained with; None where it says nothing."""
+    if not run.labels.is_file():
+        return None
+    names = json.loads(run.labels.read_text(encoding="utf-8"))
+    return tuple(names) if names else None
