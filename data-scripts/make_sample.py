@@ -2,12 +2,13 @@
 
     python data-scripts/make_sample.py FOLDER
 
-It writes train.jsonl, valid.jsonl, test.jsonl (keys text_a, label) and vocab.txt (WordPiece pieces learned from train). The same seed writes
-the same bytes.
+It writes train.jsonl, valid.jsonl, test.jsonl (keys text_a, label) and vocab.txt (WordPiece pieces learned from train).
+The same seed writes the same bytes.
 
-Most reviews hold one praising and one blaming word: what somebody expected, heard or saw at first, and what the
-author found. Which of the two counts is said by the sentence's structure alone ("we expected X, but it was Y", "it was Y, although it looked X",
-with or without "not"), so the words without their order say nothing. The rest are plain ("the soup was not bland") and teach what the words mean.
+Most reviews hold one praising and one blaming word: what somebody expected, heard or saw at first, and what the author
+found. Which of the two counts is said by the sentence's structure alone ("we expected X, but it was Y", "it was Y,
+although it looked X", with or without "not"), so the words without their order say nothing. The rest are plain ("the
+soup was not bland") and teach what the words mean.
 """
 
 import argparse
@@ -17,14 +18,20 @@ import random
 import re
 from pathlib import Path
 
-PRAISE = """wonderful delicious charming brilliant splendid delightful superb excellent lovely gorgeous marvellous pleasant
-impressive elegant perfect thrilling fresh inspiring cheerful outstanding""".split()
-BLAME = """awful bland dreary clumsy dismal dreadful terrible mediocre ugly shabby horrible annoying disappointing tasteless
-ruined boring stale depressing gloomy appalling""".split()
-THINGS = """soup hotel novel concert museum garden lecture film bakery bridge market exhibition play dessert train lounge
-beach cottage festival menu podcast opera game castle trail""".split()
+PRAISE = """
+wonderful delicious charming brilliant splendid delightful superb excellent lovely gorgeous marvellous
+pleasant impressive elegant perfect thrilling fresh inspiring cheerful outstanding
+""".split()
+BLAME = """
+awful bland dreary clumsy dismal dreadful terrible mediocre ugly shabby horrible annoying disappointing
+tasteless ruined boring stale depressing gloomy appalling
+""".split()
+THINGS = """
+soup hotel novel concert museum garden lecture film bakery bridge market exhibition play dessert train lounge
+beach cottage festival menu podcast opera game castle trail
+""".split()
 DETAILS = ["", "", "", "little ", "famous ", "old ", "new ", "second ", "local ", "small "]
-DETERMINERS = "the this their our that".split()
+DETERMINERS = ["the", "this", "their", "our", "that"]
 PEOPLE = ["we", "everyone", "my sister", "the critics", "his friends", "the guide", "our neighbours", "most visitors"]
 TIMES = ["", "", "", "last week", "in spring", "on sunday", "this year", "after the repairs", "in the end"]
 NOT = ["not", "hardly", "never", "far from"]
@@ -52,7 +59,7 @@ def sentence(rng: random.Random) -> tuple[str, str]:
     found, heard = (rng.choice(PRAISE), rng.choice(BLAME)) if good else (rng.choice(BLAME), rng.choice(PRAISE))
     if rng.random() < 0.3:  # means nothing for the label, so that "not" alone gives nothing away
         heard = f"{rng.choice(NOT)} {heard}"
-    text = rng.choice(PLAIN if rng.random() < 0.25 else MIXED).format(
+    text = rng.choice(PLAIN if rng.random() < 0.4 else MIXED).format(
         it=f"{rng.choice(DETERMINERS)} {rng.choice(DETAILS)}{rng.choice(THINGS)}",
         who=rng.choice(PEOPLE),
         when=rng.choice(TIMES),
@@ -85,7 +92,8 @@ def write_sample(folder: Path, sizes: dict[str, int], seed: int) -> None:
 
 
 def word_pieces(texts: list[str], vocab_size: int) -> list[str]:
-    """A WordPiece vocabulary learned from the texts: special symbols, characters at the start of a word and within, frequent pieces.
+    """A WordPiece vocabulary learned from the texts: special symbols, characters at the start of a word and
+    within, frequent pieces.
 
     Learned by SentencePiece, whose result is the same every time (the trainer of `tokenizers` breaks ties at random).
     """

@@ -1,6 +1,7 @@
 """Funnel-Transformer, and efficient transformer encoders around it.
 
-The public face. Names are imported when they are first used, so `import funneltfm` is quick and needs torch for the model only.
+The public face. Names are imported when they are first used, so `import funneltfm` is quick and needs torch for
+the model only.
 """
 
 import importlib

@@ -13,6 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from funneltfm.data.readers import (
     DATASETS,
     DatasetSpec,
@@ -23,8 +26,6 @@ from funneltfm.data.readers import (
     source_files,
 )
 from funneltfm.errors import InputError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from funneltfm.data.tokenization import SYMBOLS, TOKENIZERS, Tokenizer, get_tokenizer
-from funneltfm.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from funneltfm.data.tokenization import SYMBOLS, TOKENIZERS, Tokenizer, get_tokenizer
+from funneltfm.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 FILES = {

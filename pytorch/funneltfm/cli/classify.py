@@ -7,7 +7,9 @@ from funneltfm.training.config import GROUPS, make_args
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = FlagParser(GROUPS, prog="funneltfm classify", description="Finetune a Funnel-Transformer on text classification.")
+    parser = FlagParser(
+        GROUPS, prog="funneltfm classify", description="Finetune a Funnel-Transformer on text classification."
+    )
     flags, given = parser.parse(argv)
     values = {name: flags[name] for name in parser.flag_names}
     args = make_args(**values)

@@ -16,7 +16,8 @@ class FlagParser(ArgumentParser):
     """A parser of flat flags made from dataclasses.
 
     groups: (title, dataclass, names to leave out). A field's attribute docstring is its help, its default the flag's.
-    bool fields take `--name`, `--name=true|false` or `--no_name`. `--config file.yaml` gives flags too; flags given after it win.
+    bool fields take `--name`, `--name=true|false` or `--no_name`. `--config file.yaml` gives flags too; flags
+    given after it win.
     """
 
     def __init__(self, groups: Sequence[Group], **kwargs: Any):
@@ -47,7 +48,9 @@ class FlagParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """One paragraph, with the closest flag where one was misspelt; exit code 2."""
-        words = [re.split("[=:]", word)[0].lstrip("-") for word in message.replace("'", " ").split() if word.startswith("--")]
+        words = [
+            re.split("[=:]", word)[0].lstrip("-") for word in message.replace("'", " ").split() if word.startswith("--")
+        ]
         unknown = [word for word in words if word not in self.flag_names]
         close = [match for word in unknown for match in difflib.get_close_matches(word, self.flag_names, n=1)]
         hint = f" Did you mean --{', --'.join(close)}?" if close else ""

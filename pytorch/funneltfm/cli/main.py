@@ -11,7 +11,9 @@ VERBS = {"classify": "finetune a Funnel-Transformer on text classification"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 130 for Ctrl-C."""
+    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 130
+    for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: funneltfm VERB [flags]\n\nverbs (`funneltfm VERB --help` lists the flags):")

@@ -1,4 +1,6 @@
-"""Examples to batches: similar lengths together, padded no further than the canonical length. The one place that makes padding masks."""
+"""Examples to batches: similar lengths together, padded no further than the canonical length. The one place that
+makes padding masks.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,10 +26,13 @@ class Collator:
     pad_to: "canonical" pads to the shortest length at which padding no longer changes any result
     (`funneltfm.canonical_length`), "longest" to the longest example in the batch, "max_length" always to max_length.
 
-    A batch holds "index" (B,), "inputs" and "seg_id" (B, T) int64, "input_mask" (B, T) bool with True = pad, and "labels" (B,) where there are any.
+    A batch holds "index" (B,), "inputs" and "seg_id" (B, T) int64, "input_mask" (B, T) bool with True = pad, and
+    "labels" (B,) where there are any.
     """
 
-    def __init__(self, net_config: ModelConfig, pad_to: PadTo = "canonical", max_length: int = 128, seg_id_pad: int = 0):
+    def __init__(
+        self, net_config: ModelConfig, pad_to: PadTo = "canonical", max_length: int = 128, seg_id_pad: int = 0
+    ):
         if pad_to not in ("canonical", "longest", "max_length"):
             raise InputError(f"pad_to must be canonical, longest or max_length; got {pad_to!r}.")
         self.net_config = net_config
@@ -60,7 +65,9 @@ class Collator:
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch, a function of (seed, epoch) alone: every example once, similar lengths together, in random order."""
+    """The batches of one epoch, a function of (seed, epoch) alone: every example once, similar lengths together,
+    in random order.
+    """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     pool = _POOL * batch_size
@@ -91,9 +98,11 @@ class _RunSampler:
 
 
 class RunLoader(DataLoader):
-    """All the batches of a run in one pass. It remembers how many were taken, so that a resumed run goes on with the next.
+    """All the batches of a run in one pass. It remembers how many were taken, so that a resumed run goes on with
+    the next.
 
-    One pass rather than one per epoch: validation every n steps, the schedule and a resumed run need no rule at epoch borders.
+    One pass rather than one per epoch: validation every n steps, the schedule and a resumed run need no rule at
+    epoch borders.
     """
 
     def __init__(self, split: EncodedSplit, collator: Collator, batch_size: int, epochs: int, seed: int, **kwargs: Any):

@@ -7,6 +7,7 @@ import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,9 @@ class EncodingConfig:
     seg_id_b: int = 1
     seg_id_cls: int = 2
 
-    def encode(self, ids_a: list[int], ids_b: list[int] | None, cls_id: int, sep_id: int) -> tuple[list[int], list[int]]:
+    def encode(
+        self, ids_a: list[int], ids_b: list[int] | None, cls_id: int, sep_id: int
+    ) -> tuple[list[int], list[int]]:
         """Token ids and segment ids of one example, cut to max_length: a pair loses tokens of its longer side first."""
         if ids_b is None:
             ids_a = ids_a[: self.max_length - 2]
@@ -86,7 +89,7 @@ class EncodedSplit:
     def labelled(self) -> bool:
         return len(self.labels) > 0
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray | int | float]:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         span = slice(self.offsets[i], self.offsets[i + 1])
         item = {"index": i, "inputs": self.inputs[span], "seg_id": self.seg_id[span]}
         return item | {"label": self.labels[i]} if self.labelled else item
@@ -126,7 +129,9 @@ def load_split(
     overwrite: bool = False,
     bad_rows: str = "error",
 ) -> EncodedSplit:
-    """Read and encode a split, or take it from the cache if data, tokenizer, lengths and labels are the same as then."""
+    """Read and encode a split, or take it from the cache if data, tokenizer, lengths and labels are the same as
+    then.
+    """
     key = json.dumps(
         {
             "format": _FORMAT,

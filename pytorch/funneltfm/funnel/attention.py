@@ -40,7 +40,9 @@ class AttentionStructure:
     """Position and segment terms are zero in the row and the column of the first token (func_mask)."""
 
 
-def encode_rel_shift(q_pos: Positions, k_pos: Positions, d_model: int, dropout: nn.Module, like: Tensor) -> tuple[Tensor]:
+def encode_rel_shift(
+    q_pos: Positions, k_pos: Positions, d_model: int, dropout: nn.Module, like: Tensor
+) -> tuple[Tensor]:
     """The R = shift * Tq + Tk distances that rel_shift can need, from the largest down: one (R, D) tensor."""
     shift = q_pos.stride // k_pos.stride
     first = q_pos.start - k_pos.start + q_pos.length * q_pos.stride
@@ -89,7 +91,8 @@ ATTN_TYPES = {
 class RelMultiheadAttention(nn.Module):
     """Multi-head attention with content, position and segment terms, then a residual connection and a LayerNorm.
 
-    score(i, j) = (q_i + r_w_bias) . k_j + (q_i + r_r_bias) . r[distance(i, j)] + (q_i + r_s_bias) . seg_embed[same(i, j)],
+    score(i, j) = (q_i + r_w_bias) . k_j + (q_i + r_r_bias) . r[distance(i, j)] + (q_i + r_s_bias) .
+    seg_embed[same(i, j)],
     with q and the three biases scaled by 1 / sqrt(H).
     """
 

@@ -25,20 +25,25 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0][:200]}). Expected a state dict saved by torch.save, "
+            f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0][:200]}). Expected a state dict "
+            f"saved by torch.save, "
             f"such as model.pt of a published archive; a file that was cut short must be downloaded or copied again."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} must hold a state dict (names to tensors); it holds a {type(state).__name__} with other values.")
+        raise InputError(
+            f"{path} must hold a state dict (names to tensors); it holds a {type(state).__name__} with other values."
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], new_head: bool = False) -> list[str]:
     """Load a checkpoint into `model`; every tensor must find its place.
 
-    new_head: the classification head may be absent from the checkpoint, or have another number of classes; what does not fit
+    new_head: the classification head may be absent from the checkpoint, or have another number of classes; what
+    does not fit
         keeps its fresh initialisation.
-    Returns the names of parameters that were not loaded. Raises InputError for anything else that is missing, unexpected or of
+    Returns the names of parameters that were not loaded. Raises InputError for anything else that is missing,
+    unexpected or of
     another shape, naming it.
     """
     state = read_state(path)
@@ -58,20 +63,27 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], new_head: bo
 
 
 def _explain(
-    path: Path, own: dict[str, Tensor], state: dict[str, Tensor], missing: list[str], unexpected: list[str], shapes: list[str]
+    path: Path,
+    own: dict[str, Tensor],
+    state: dict[str, Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[str],
 ) -> str:
     table = "input_layer.0.lookup_table"
     if table in shapes and own[table].shape[0] != state[table].shape[0]:
         return (
             f"the vocabulary does not match the checkpoint: {path} has embeddings of {state[table].shape[0]} pieces, "
-            f"the model is built for {own[table].shape[0]}. Give the vocabulary (--tokenizer_path) and the config (--init_ckpt_config) that "
+            f"the model is built for {own[table].shape[0]}. Give the vocabulary (--tokenizer_path) and the config "
+            f"(--init_ckpt_config) that "
             f"belong to the checkpoint."
         )
     parts = []
     if shapes:
         example = shapes[0]
         parts.append(
-            f"{len(shapes)} of another shape (first {example}: {tuple(state[example].shape)} there, {tuple(own[example].shape)} here)"
+            f"{len(shapes)} of another shape (first {example}: {tuple(state[example].shape)} there, "
+            f"{tuple(own[example].shape)} here)"
         )
     for names, what in ((missing, "missing"), (unexpected, "unexpected")):
         if names:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +18,13 @@ Activation = Literal["gelu", "relu"]
 
 # Paper, table 1 and appendix: d_model by name; heads of 64, d_inner = 4 d_model.
 WIDTHS: dict[str, dict[str, int]] = {
-    f"H{d_model}": {"d_embed": d_model, "d_model": d_model, "n_head": d_model // 64, "d_head": 64, "d_inner": 4 * d_model}
+    f"H{d_model}": {
+        "d_embed": d_model,
+        "d_model": d_model,
+        "n_head": d_model // 64,
+        "d_head": 64,
+        "d_inner": 4 * d_model,
+    }
     for d_model in (768, 1024)
 }
 PUBLISHED_SIZES = ("B4-4-4H768", "B6-3x2-3x2H768", "B6-6-6H768", "B8-8-8H1024", "B10-10-10H1024")
@@ -38,7 +43,8 @@ def model_size(name: str) -> dict[str, Any]:
     match = re.fullmatch(r"(?:B(?P<blocks>\d+(?:x\d+)?(?:-\d+(?:x\d+)?)*))?(?P<width>H\d+)", name)
     if match is None or match["width"] not in WIDTHS:
         raise InputError(
-            f"model_size must be one of {', '.join(WIDTHS)}, alone or after blocks as in {', '.join(PUBLISHED_SIZES)}; got {name!r}."
+            f"model_size must be one of {', '.join(WIDTHS)}, alone or after blocks as in "
+            f"{', '.join(PUBLISHED_SIZES)}; got {name!r}."
         )
     keys: dict[str, Any] = dict(WIDTHS[match["width"]])
     if match["blocks"]:
@@ -150,17 +156,26 @@ class ModelConfig:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"cannot read the model config {path}: {error}. It should be the JSON file saved beside the checkpoint.") from error
+            raise InputError(
+                f"cannot read the model config {path}: {error}. It should be the JSON file saved beside the checkpoint."
+            ) from error
         if not isinstance(saved, dict):
-            raise InputError(f"the model config {path} must be a JSON object of keys and values, got {type(saved).__name__}.")
+            raise InputError(
+                f"the model config {path} must be a JSON object of keys and values, got {type(saved).__name__}."
+            )
         saved = {_ALIASES.get(key, key): value for key, value in saved.items() if key not in _IGNORED_KEYS}
         names = cls.names()
         if unknown := sorted(set(saved) - set(names)):
-            raise InputError(f"unknown key {', '.join(unknown)} in the model config {path}; the keys are {', '.join(names)}.")
+            raise InputError(
+                f"unknown key {', '.join(unknown)} in the model config {path}; the keys are {', '.join(names)}."
+            )
 
         overwrite = [key for key in re.split(r"[,\s]+", getattr(args, "overwrite_keys", None) or "") if key]
         if unknown := sorted(set(overwrite) - set(names)):
-            raise InputError(f"overwrite_keys names {', '.join(unknown)}, which is no key of the model; the keys are {', '.join(names)}.")
+            raise InputError(
+                f"overwrite_keys names {', '.join(unknown)}, which is no key of the model; the keys are "
+                f"{', '.join(names)}."
+            )
         given = {} if args is None else {name: getattr(args, name) for name in names if hasattr(args, name)}
         if missing := sorted(set(overwrite) - set(given)):
             raise InputError(f"overwrite_keys names {', '.join(missing)}, but args does not hold it.")
@@ -172,7 +187,9 @@ class ModelConfig:
 
     @classmethod
     def init_from_args(cls, args: Any) -> "ModelConfig":
-        """Take every config key that `args` has as an attribute; `args.model_size`, where set, gives the widths (and blocks)."""
+        """Take every config key that `args` has as an attribute; `args.model_size`, where set, gives the widths
+        (and blocks).
+        """
         keys = {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}
         if size := getattr(args, "model_size", None):
             keys |= model_size(size)
@@ -180,7 +197,9 @@ class ModelConfig:
 
     @classmethod
     def from_size(cls, name: str, **keys: Any) -> "ModelConfig":
-        """A published size by name, as it was published: separate_cls, pool_q_only and truncate_seq on, mean pooling."""
+        """A published size by name, as it was published: separate_cls, pool_q_only and truncate_seq on, mean
+        pooling.
+        """
         published = {"separate_cls": True, "pool_q_only": True, "truncate_seq": True}
         return cls(**(published | model_size(name) | keys))
 
@@ -211,7 +230,12 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         if not isinstance(value, bool):
             raise InputError(f"{name} must be true or false; got {value!r}.")
     elif kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value < 1:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or not 0 <= value < 1
+        ):
             raise InputError(f"{name} must be a probability, at least 0 and below 1; got {value!r}.")
         value = float(value)
     else:
@@ -224,9 +248,11 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
 def canonical_length(n: int, config: ModelConfig) -> int:
     """The shortest padded length at which a sequence of `n` tokens has its final hidden states.
 
-    Pooling mixes the last real token with its neighbour, which may be padding, or missing. Padded to this length every window
+    Pooling mixes the last real token with its neighbour, which may be padding, or missing. Padded to this length
+    every window
     that holds a real token is complete, at every block, so more padding changes nothing: a sentence gets the same
-    result alone and in any batch. For 3 blocks and pooling_size 2 with separate_cls: the next 4k+1, or with truncate_seq
+    result alone and in any batch. For 3 blocks and pooling_size 2 with separate_cls: the next 4k+1, or with
+    truncate_seq
     the next 4k+3 that is at least n+2; without separate_cls the next 4k.
     """
     size = config.pooling_size

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -108,12 +107,15 @@ class FunnelTFM(nn.Module):
 
     def _input_mask(self, inputs: Tensor, input_mask: Tensor | None) -> Tensor:
         if inputs.dim() != 2 or inputs.size(1) == 0:
-            raise InputError(f"inputs must be token ids of shape (batch, length), length at least 1; got {tuple(inputs.shape)}.")
+            raise InputError(
+                f"inputs must be token ids of shape (batch, length), length at least 1; got {tuple(inputs.shape)}."
+            )
         if input_mask is None:
             return inputs == self.net_config.pad_id
         if input_mask.shape != inputs.shape:
             raise InputError(
-                f"input_mask must have the shape of inputs, {tuple(inputs.shape)}, 1 = pad; got {tuple(input_mask.shape)}."
+                f"input_mask must have the shape of inputs, {tuple(inputs.shape)}, 1 = pad; got "
+                f"{tuple(input_mask.shape)}."
             )
         return input_mask.bool()
 
@@ -207,8 +209,10 @@ class FunnelTFM(nn.Module):
 
         inputs: (B, T) token ids. seg_id: (B, T) segment ids, or None to leave the segment term out.
         input_mask: (B, T), 1 = pad; None takes the tokens that equal pad_id.
-        Returns (hiddens, ret_dict). hiddens[0] is the word embedding (B, T, D), then one (B, T', D) for every application of
-        an encoder layer, T' shrinking from block to block; with use_decoder, then one (B, T, D) for every application of a decoder layer.
+        Returns (hiddens, ret_dict). hiddens[0] is the word embedding (B, T, D), then one (B, T', D) for every
+        application of
+        an encoder layer, T' shrinking from block to block; with use_decoder, then one (B, T, D) for every
+        application of a decoder layer.
         ret_dict["hidden_masks"] is the padding mask of each of them, (B, T') bool, True = pad.
         """
         config = self.net_config
@@ -221,7 +225,7 @@ class FunnelTFM(nn.Module):
 
         hiddens, masks = [embedding], [mask]
         factor = 1
-        for hidden, hidden_mask, factor in self._encode(embedding, seg_id, mask):
+        for hidden, hidden_mask, factor in self._encode(embedding, seg_id, mask):  # noqa: B007 (the last is used)
             hiddens.append(hidden)
             masks.append(hidden_mask)
         if use_decoder:

@@ -26,7 +26,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Dense(nn.Module):
-    """A linear map between groups of axes: (..., *d_in) -> (..., *d_out). The weight is (*d_in, *d_out), as in TensorFlow.
+    """A linear map between groups of axes: (..., *d_in) -> (..., *d_out). The weight is (*d_in, *d_out), as in
+    TensorFlow.
 
     `Dense(D, (N, H))` makes heads, `Dense((N, H), D)` joins them.
     """
@@ -86,7 +87,8 @@ def rel_shift(x: Tensor, k_len: int, shift: int = 1) -> Tensor:
     """Turn scores by relative distance into scores by key position.
 
     x: (B, N, Tq, R), R = shift * Tq + Tk; going one row down moves the window `shift` columns to the left.
-    Returns (B, N, Tq, k_len): row i, key j takes column shift * (Tq - i) + j. Paper, appendix A.1 (Transformer-XL's shift,
+    Returns (B, N, Tq, k_len): row i, key j takes column shift * (Tq - i) + j. Paper, appendix A.1
+    (Transformer-XL's shift,
     with shift = pooling_size where a pooled query meets keys that are not pooled).
 
     >>> rel_shift(torch.arange(8).view(1, 1, 2, 4), k_len=2)[0, 0]  # columns score distances 2 1 0 -1... of Tq - r
@@ -107,7 +109,9 @@ def can_pool(length: int, config: ModelConfig) -> bool:
 
 
 def pool_windows(x: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Split (B, T, ...) into the part kept aside (B, 0 or 1, ...) and the part to be pooled, truncated if the config says so."""
+    """Split (B, T, ...) into the part kept aside (B, 0 or 1, ...) and the part to be pooled, truncated if the
+    config says so.
+    """
     if not config.separate_cls:
         return x[:, :0], x
     dropped = config.pooling_size - 1 if config.truncate_seq else 0
@@ -148,7 +152,8 @@ def pool_stride(x: Tensor, config: ModelConfig) -> Tensor:
 def upsample(x: Tensor, length: int, factor: int, config: ModelConfig) -> Tensor:
     """Repeat pooled hidden states to full length: (B, T', D) -> (B, length, D), zeros where truncation dropped tokens.
 
-    factor: how many tokens one pooled state stands for. [CLS] is not repeated when it was kept aside. Paper, section 2.3.
+    factor: how many tokens one pooled state stands for. [CLS] is not repeated when it was kept aside. Paper,
+    section 2.3.
     """
     n_aside = 1 if config.separate_cls else 0
     aside, x = x[:, :n_aside], x[:, n_aside:]

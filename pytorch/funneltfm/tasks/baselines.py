@@ -14,7 +14,9 @@ def _words(example: Example) -> str:
 
 
 def baselines(task: Classification, train: list[Example], valid: list[Example]) -> dict[str, dict[str, float]]:
-    """Scores on `valid` of the majority class (or the mean) and of logistic (or ridge) regression on word counts of `train`."""
+    """Scores on `valid` of the majority class (or the mean) and of logistic (or ridge) regression on word counts
+    of `train`.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
 

@@ -34,7 +34,9 @@ def validation_steps(total: int, n_valid: int) -> set[int]:
 
 
 class History(Callback):
-    """The run's numbers: rows for metrics.csv, kept in the checkpoint, so that a resumed run goes on with the same table."""
+    """The run's numbers: rows for metrics.csv, kept in the checkpoint, so that a resumed run goes on with the same
+    table.
+    """
 
     def __init__(self, path: Path, per_epoch: int, log_every: int, main: str):
         self.path, self.per_epoch, self.log_every, self.main = path, per_epoch, log_every, main
@@ -59,7 +61,9 @@ class History(Callback):
         if not self._tick:
             self._tick = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.perf_counter()
         self.train_seconds += now - self._tick
         self._tick = now
@@ -73,7 +77,8 @@ class History(Callback):
             self._losses = []
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise InputError(
-                    f"the training loss is not finite at step {step}. Training has diverged: lower --lr, or raise --warmup_prop."
+                    f"the training loss is not finite at step {step}. Training has diverged: lower --lr, or raise "
+                    f"--warmup_prop."
                 )
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             rate = examples / seconds if seconds else 0.0
@@ -124,7 +129,9 @@ class Progress(Callback):
             total = int(trainer.num_training_batches)
             self._bar = tqdm(total=total, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._bar is not None:
             self._bar.update()
         self._show(trainer)
@@ -135,7 +142,9 @@ class Progress(Callback):
     def _show(self, trainer: lightning.Trainer) -> None:
         for row in self.history.rows[self._shown :]:
             if "train/loss" not in row:
-                scores = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch"))
+                scores = "  ".join(
+                    f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch")
+                )
                 best = " (best so far)" if row is self.history.best else ""
                 self._say(f"step {row['step']}  epoch {row['epoch']:.2f}  {scores}{best}")
             elif self._bar is not None:
@@ -143,8 +152,10 @@ class Progress(Callback):
             else:
                 left = (trainer.num_training_batches - row["step"]) * self.history.train_seconds / row["step"]
                 self._say(
-                    f"step {row['step']}/{trainer.num_training_batches}  epoch {row['epoch']:.2f}  loss {row['train/loss']:.4f}  "
-                    f"lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  {tqdm.format_interval(left)} left"
+                    f"step {row['step']}/{trainer.num_training_batches}  epoch {row['epoch']:.2f}  loss "
+                    f"{row['train/loss']:.4f}  "
+                    f"lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  "
+                    f"{tqdm.format_interval(left)} left"
                 )
         self._shown = len(self.history.rows)
 

@@ -14,7 +14,9 @@ class StartFlags:
     """Where the model comes from"""
 
     model_size: str | None = None
-    """A size by name: H768 or H1024 sets d_embed, d_model, n_head, d_head and d_inner; B4-4-4H768 sets block_size too."""
+    """A size by name: H768 or H1024 sets d_embed, d_model, n_head, d_head and d_inner; B4-4-4H768 sets block_size
+    too.
+    """
     vocab_size: int | None = None
     """Rows of the embedding table. Default: as many as the vocabulary has pieces."""
     init_ckpt: str | None = None
@@ -30,9 +32,13 @@ class DataFlags:
     """Data and text"""
 
     dataset: str | None = None
-    """A known set (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI, AX, Yelp-2, Yelp-5, IMDB, AG, DBpedia, Amazon-2, Amazon-5), or custom for your own files."""
+    """A known set (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI, AX, Yelp-2, Yelp-5, IMDB, AG, DBpedia,
+    Amazon-2, Amazon-5), or custom for your own files.
+    """
     data_dir: str | None = None
-    """Folder with the set's files; for custom: train, valid (or dev) and test as .jsonl, .csv or .tsv, or a Hugging Face dataset folder."""
+    """Folder with the set's files; for custom: train, valid (or dev) and test as .jsonl, .csv or .tsv, or a
+    Hugging Face dataset folder.
+    """
     text_a: str = "text_a"
     """custom: column of the text, or of the first text of a pair."""
     text_b: str | None = None
@@ -50,7 +56,9 @@ class DataFlags:
     max_length: int = 128
     """Longest input in tokens, special ones included; longer texts are cut."""
     pad_to: Literal["canonical", "longest", "max_length"] = "canonical"
-    """How far a batch is padded: canonical is the shortest length at which padding changes no result, longest is the original's way."""
+    """How far a batch is padded: canonical is the shortest length at which padding changes no result, longest is
+    the original's way.
+    """
     tokenizer_type: Literal["word_piece", "sent_piece"] = "word_piece"
     """Kind of vocabulary."""
     tokenizer_path: str | None = None
@@ -102,7 +110,9 @@ class RunFlags:
     """The run"""
 
     model_dir: str | None = None
-    """Folder of the run: config, metrics, checkpoints, best model, predictions, plots. Default: the next free exp/DATASET/run_N."""
+    """Folder of the run: config, metrics, checkpoints, best model, predictions, plots. Default: the next free
+    exp/DATASET/run_N.
+    """
     log_path: str | None = None
     """Log file. Default: log.txt in model_dir."""
     overwrite: bool = False
@@ -128,7 +138,9 @@ class DeviceFlags:
     fp16: bool = False
     """Half precision on a GPU, in the way that amp_opt says."""
     amp_opt: Literal["O0", "O1", "O2", "O3"] = "O2"
-    """With fp16: O0 is fp32, O1 autocast with loss scaling, O2 half weights with fp32 masters (not available yet: an error), O3 pure half."""
+    """With fp16: O0 is fp32, O1 autocast with loss scaling, O2 half weights with fp32 masters (not available yet:
+    an error), O3 pure half.
+    """
     distributed_world_size: int = 1
     """Number of processes. More than one is not available yet: an error."""
     distributed_rank: int = 0
@@ -172,9 +184,7 @@ class Args(SimpleNamespace):
 
 def flag_fields() -> dict[str, dataclasses.Field]:
     """Every flag by name, in the order of the help."""
-    return {
-        field.name: field for _, cls, skip in GROUPS for field in dataclasses.fields(cls) if field.name not in skip
-    }
+    return {field.name: field for _, cls, skip in GROUPS for field in dataclasses.fields(cls) if field.name not in skip}
 
 
 def make_args(**flags: Any) -> Args:

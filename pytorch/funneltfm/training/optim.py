@@ -10,7 +10,8 @@ from funneltfm.funnel.ops import LayerNorm
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: matrices and tables decay; biases (r_w_bias and its like too) and layer norms do not."""
     norms = {id(p) for m in model.modules() if isinstance(m, LayerNorm | nn.LayerNorm) for p in m.parameters()}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -24,7 +25,8 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
 def warmup_linear(step: int, total: int, warmup: int, min_ratio: float) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total`, as a share of the highest.
 
-    It rises linearly over `warmup` steps, the last of which has 1.0, then falls linearly to `min_ratio` at the last step.
+    It rises linearly over `warmup` steps, the last of which has 1.0, then falls linearly to `min_ratio` at the
+    last step.
     """
     step += 1
     if step <= warmup:

@@ -52,7 +52,8 @@ class Pipeline(lightning.LightningModule):
             logits, labels = (torch.cat(part).numpy() for part in zip(*self._outputs[number], strict=True))
             if not np.isfinite(logits).all():
                 raise InputError(
-                    f"the model's output on {split} is not finite after step {self.global_step}. Training has diverged: lower --lr."
+                    f"the model's output on {split} is not finite after step {self.global_step}. Training has "
+                    f"diverged: lower --lr."
                 )
             self.scores[split] = self.task.score(logits, labels)
             for name, value in self.scores[split].items():
@@ -62,7 +63,7 @@ class Pipeline(lightning.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.predictions.append((batch["index"].cpu(), self(batch).float().cpu()))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         args = self.args
         optimizer = make_adamw(self.model, args.lr, args.weight_decay)
         schedule = make_schedule(optimizer, self.total_steps, args.warmup_prop, args.lr, args.min_lr)

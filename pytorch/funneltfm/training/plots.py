@@ -24,7 +24,9 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def learning_curves(rows: Sequence[dict[str, float]], splits: Sequence[str], metric: str, best_step: int, path: Path) -> None:
+def learning_curves(
+    rows: Sequence[dict[str, float]], splits: Sequence[str], metric: str, best_step: int, path: Path
+) -> None:
     """Loss (left) and the main metric (right) over the steps; a dotted line marks the best checkpoint."""
     figure, subplots = _figure(figsize=(10, 4))
     left, right = subplots(1, 2)

@@ -12,8 +12,11 @@ from funneltfm.files import atomic_path
 from funneltfm.tasks.classification import Classification
 
 
-def write_predictions(task: Classification, split: str, encoded: EncodedSplit, logits: np.ndarray, folder: Path) -> list[Path]:
-    """Write `SPLIT.jsonl` (id, prediction, scores by class, label where known) and, for a GLUE test set, its submission file.
+def write_predictions(
+    task: Classification, split: str, encoded: EncodedSplit, logits: np.ndarray, folder: Path
+) -> list[Path]:
+    """Write `SPLIT.jsonl` (id, prediction, scores by class, label where known) and, for a GLUE test set, its
+    submission file.
 
     logits: (N, C) in the order of the split. Returns the paths written.
     """

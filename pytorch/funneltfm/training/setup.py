@@ -1,0 +1,206 @@
+"""From flags to what a run needs: its data, its model, its device."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from funneltfm.data.encoding import EncodedSplit, EncodingConfig, load_split
+from funneltfm.data.readers import DatasetSpec, custom_dataset, get_dataset, read_split, source_files
+from funneltfm.data.tokenization import Tokenizer, get_tokenizer
+from funneltfm.errors import InputError
+from funneltfm.files import existing_file
+from funneltfm.funnel.checkpoints import load_checkpoint
+from funneltfm.funnel.config import ModelConfig, model_size
+from funneltfm.funnel.model import FunnelTFM
+from funneltfm.tasks.baselines import baselines
+from funneltfm.tasks.classification import Classification
+from funneltfm.training.config import MODEL_SKIP, Args
+from funneltfm.training.rundir import RunDir, read_labels
+
+log = logging.getLogger(__name__)
+
+_PRECISION = {"O0": "32-true", "O1": "16-mixed", "O3": "16-true"}
+
+
+# ---- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is scored on."""
+
+    task: Classification
+    tokenizer: Tokenizer
+    splits: dict[str, EncodedSplit]
+
+    def sizes(self) -> str:
+        return ", ".join(f"{len(encoded)} {split}" for split, encoded in self.splits.items())
+
+    @property
+    def valid(self) -> list[str]:
+        """The validation splits; the first one selects the best checkpoint."""
+        return [split for split in self.splits if split.startswith("valid")]
+
+
+def _spec(args: Args) -> DatasetSpec:
+    if args.dataset is None:
+        raise InputError(
+            "name the data: --dataset (CoLA, SST-2, ..., or custom) and --data_dir, the folder with its files."
+        )
+    if args.data_dir is None:
+        raise InputError(f"name the folder with the files of {args.dataset}: --data_dir.")
+    if args.dataset.lower() == "custom":
+        spec = custom_dataset(args.data_dir, args.text_a, args.text_b, args.label, args.regression, args.bad_rows)
+        return dataclasses.replace(spec, name=Path(args.data_dir).resolve().name)
+    if misplaced := {"text_a", "text_b", "label", "regression"} & args.given:
+        raise InputError(f"--{min(misplaced)} is for --dataset=custom; the columns of {args.dataset} are known.")
+    return get_dataset(args.dataset)
+
+
+def load_data(args: Args) -> Data:
+    spec = _spec(args)
+    if args.tokenizer_path is None:
+        raise InputError("name the vocabulary: --tokenizer_path (vocab.uncased.txt of a published checkpoint, say).")
+    tokenizer = get_tokenizer(args.tokenizer_type, args.tokenizer_path, args.cased)
+    encoding = EncodingConfig(args.max_length, args.seg_id_a, args.seg_id_b, args.seg_id_cls)
+    wanted = [split for split in spec.splits if split != "train" or not args.test_only]
+    if "train" not in spec.splits and not args.test_only:
+        raise InputError(f"{spec.name} has no training data: give --test_only and the model with --init_ckpt.")
+    splits = {}
+    for split in wanted:
+        # Training needs train and valid; a test file may be absent, unless its predictions are asked for.
+        optional = args.dataset.lower() == "custom" or not (args.test_only or args.write_prediction)
+        if split.startswith("test") and optional and not _present(spec, args, split):
+            continue
+        splits[split] = load_split(
+            spec,
+            Path(args.data_dir),
+            split,
+            tokenizer,
+            encoding,
+            Path(args.output_dir),
+            args.overwrite_data,
+            args.bad_rows,
+        )
+    return Data(Classification(spec), tokenizer, splits)
+
+
+def _present(spec: DatasetSpec, args: Args, split: str) -> bool:
+    try:
+        return bool(source_files(spec, args.data_dir, split))
+    except InputError:
+        return False
+
+
+def score_baselines(args: Args, data: Data) -> dict[str, dict[str, float]]:
+    if data.task.spec.splits.get("train") is None or not data.valid:
+        raise InputError(f"--baselines needs train and valid data, which {data.task.spec.name} lacks.")
+    train, valid = (
+        read_split(data.task.spec, args.data_dir, split, bad_rows=args.bad_rows) for split in ("train", data.valid[0])
+    )
+    return baselines(data.task, train, valid)
+
+
+# ---- model
+
+
+def _net_config(args: Args, data: Data, config_path: Path | None) -> ModelConfig:
+    """The model's config: from flags, or from a file whose keys win over flags; the data decides the number of
+    classes.
+    """
+    flags = {name: getattr(args, name) for name in ModelConfig.names() if name not in MODEL_SKIP}
+    flags["vocab_size"] = args.vocab_size or data.tokenizer.vocab_size
+    if args.model_size:
+        size = model_size(args.model_size)
+        if clash := [key for key in sorted(size.keys() & args.given) if getattr(args, key) != size[key]]:
+            raise InputError(
+                f"--model_size={args.model_size} sets {clash[0]} to {size[clash[0]]}, but "
+                f"--{clash[0]}={getattr(args, clash[0])} was given too."
+            )
+        flags |= size
+    source = Args(**flags, overwrite_keys=args.overwrite_keys)
+    if config_path is None:
+        config = ModelConfig.init_from_args(source)
+    else:
+        config = ModelConfig.init_from_json(config_path, source)
+        for key in sorted(args.given & set(flags)):
+            if flags[key] != getattr(config, key) and key != "vocab_size":
+                log.warning(
+                    "--%s=%s is not used: %s says %s, and it wins. To change that, give --overwrite_keys=%s.",
+                    key, flags[key], config_path, getattr(config, key), key,
+                )  # fmt: skip
+    if config.vocab_size != data.tokenizer.vocab_size and (
+        args.vocab_size != config.vocab_size or config.vocab_size < data.tokenizer.vocab_size
+    ):
+        raise InputError(
+            f"the vocabulary does not match the model: {args.tokenizer_path} has {data.tokenizer.vocab_size} pieces, "
+            f"{config_path or '--vocab_size'} says {config.vocab_size}. Give the vocabulary that belongs to the "
+            f"checkpoint; "
+            f"if its table is meant to be larger than the vocabulary, say so with --vocab_size={config.vocab_size}."
+        )
+    # A classifier reads [CLS] from the encoder, so a decoder in the config would only be dead weight.
+    return dataclasses.replace(config, num_class=data.task.num_class, pad_id=data.tokenizer.pad_id, decoder_size="0")
+
+
+def _config_beside(ckpt: Path) -> Path:
+    names = ("net_config.json", "net_config.pytorch.json")
+    found = [ckpt.parent / name for name in names if (ckpt.parent / name).is_file()]
+    if not found:
+        raise InputError(
+            f"there is no {' or '.join(names)} beside {ckpt}; name the model's config with --init_ckpt_config."
+        )
+    return found[0]
+
+
+def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
+    ckpt = Path(args.init_ckpt) if args.init_ckpt else None
+    if args.test_only and ckpt is None:
+        if not run_dir.model.is_file():
+            raise InputError(
+                f"--test_only needs a trained model: name it with --init_ckpt, or its run with --model_dir. "
+                f"There is none in {run_dir.root}."
+            )
+        ckpt = run_dir.model
+        trained = read_labels(run_dir)
+        if trained is not None and trained != data.task.spec.labels:
+            raise InputError(
+                f"the model in {run_dir.root} was trained for the classes {', '.join(trained)}, but "
+                f"{data.task.spec.name} "
+                f"has {', '.join(data.task.spec.labels or ['numbers'])}."
+            )
+    if ckpt is None:
+        if args.init_ckpt_config:
+            raise InputError("--init_ckpt_config was given without --init_ckpt.")
+        return FunnelTFM(_net_config(args, data, None))
+    existing_file(ckpt, "the checkpoint")
+    config_path = Path(args.init_ckpt_config) if args.init_ckpt_config else _config_beside(ckpt)
+    model = FunnelTFM(_net_config(args, data, config_path))
+    fresh = load_checkpoint(model, ckpt, new_head=not args.test_only)
+    log.info("loaded %s%s", ckpt, f"; new: {', '.join(fresh)}" if fresh else "")
+    return model
+
+
+# ---- device
+
+
+def choose_device(args: Args) -> dict[str, Any]:
+    """Lightning's accelerator, devices and precision."""
+    precision = _PRECISION[args.amp_opt] if args.fp16 else "32-true"
+    device: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "precision": precision}
+    if args.device_id >= 0 and torch.cuda.is_available():
+        if args.device_id >= torch.cuda.device_count():
+            raise InputError(f"device_id {args.device_id}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}.")
+        device |= {"accelerator": "cuda", "devices": [args.device_id]}
+    elif args.device_id >= 0 and torch.backends.mps.is_available():
+        device |= {"accelerator": "mps"}
+    elif args.device_id > 0:
+        raise InputError(f"device_id {args.device_id}: this machine has no GPU. Leave it out, or give -1 for the CPU.")
+    if precision != "32-true" and device["accelerator"] != "cuda":
+        raise InputError(
+            f"--fp16 with --amp_opt={args.amp_opt} needs a CUDA GPU, and this run is on the {device['accelerator']}."
+        )
+    return device
