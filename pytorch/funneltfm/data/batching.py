@@ -109,7 +109,11 @@ class RunLoader(DataLoader):
         sampler = _RunSampler(split.lengths, batch_size, epochs, seed)
         # Its own generator: the loader takes no random numbers from the stream that dropout uses.
         super().__init__(
-            split, batch_sampler=sampler, collate_fn=collator, generator=torch.Generator().manual_seed(seed), **kwargs
+            split,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=collator,
+            generator=torch.Generator().manual_seed(seed),
+            **kwargs,
         )
         self.run_sampler = sampler
         self.taken = 0

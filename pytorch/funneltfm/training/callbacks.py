@@ -46,6 +46,7 @@ class History(Callback):
         self._losses: list[Any] = []
         self._since = (0.0, 0)
         self._tick = 0.0
+        self._lr = 0.0
 
     @property
     def examples_per_second(self) -> float:
@@ -58,6 +59,7 @@ class History(Callback):
         return max((row for row in self.rows if self.main in row), key=lambda row: row[self.main])
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         if not self._tick:
             self._tick = time.perf_counter()
 
@@ -80,9 +82,8 @@ class History(Callback):
                     f"the training loss is not finite at step {step}. Training has diverged: lower --lr, or raise "
                     f"--warmup_prop."
                 )
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
             rate = examples / seconds if seconds else 0.0
-            self._add(step, {"lr": lr, "train/loss": loss, "examples_per_second": rate})
+            self._add(step, {"lr": self._lr, "train/loss": loss, "examples_per_second": rate})
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._tick = 0.0

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run(args: Args) -> dict[str, Any]:
     log.info("%s: %s examples; %s parameters; %s", data.task.spec.name, data.sizes(), f"{n_param:,}", run_dir.root)
 
     run_dir.root.mkdir(parents=True, exist_ok=True)
-    with _log_file(args, run_dir):
+    with _log_file(args, run_dir), _quiet():
         results: dict[str, Any] = {"task": data.task.spec.name}
         history = None
         if not args.test_only:
@@ -199,6 +200,15 @@ def predict(
 
 
 # ---- the end
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what Lightning says that is of no use here: advice on workers, and a deprecation in its own code."""
+    with warnings.catch_warnings():
+        for message in (".*LeafSpec.*", ".*does not have many workers.*", "Checkpoint directory .* exists"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 @contextlib.contextmanager

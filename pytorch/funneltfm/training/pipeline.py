@@ -65,7 +65,9 @@ class Pipeline(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         args = self.args
-        optimizer = make_adamw(self.model, args.lr, args.weight_decay)
+        # A fused optimizer unscales gradients itself, so with loss scaling they could not be clipped first.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = make_adamw(self.model, args.lr, args.weight_decay, fused)
         schedule = make_schedule(optimizer, self.total_steps, args.warmup_prop, args.lr, args.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
