@@ -5,7 +5,7 @@
 It writes train.jsonl, valid.jsonl, test.jsonl (keys text_a, label) and vocab.txt (WordPiece pieces learned from train).
 The same seed writes the same bytes.
 
-Most reviews hold one praising and one blaming word: what somebody expected, heard or saw at first, and what the author
+Half of the reviews hold one praising and one blaming word: what somebody expected, heard or saw at first, and what the author
 found. Which of the two counts is said by the sentence's structure alone ("we expected X, but it was Y", "it was Y,
 although it looked X", with or without "not"), so the words without their order say nothing. The rest are plain ("the
 soup was not bland") and teach what the words mean.
@@ -20,11 +20,11 @@ from pathlib import Path
 
 PRAISE = """
 wonderful delicious charming brilliant splendid delightful superb excellent lovely gorgeous marvellous
-pleasant impressive elegant perfect thrilling fresh inspiring cheerful outstanding
+pleasant impressive elegant
 """.split()
 BLAME = """
 awful bland dreary clumsy dismal dreadful terrible mediocre ugly shabby horrible annoying disappointing
-tasteless ruined boring stale depressing gloomy appalling
+tasteless
 """.split()
 THINGS = """
 soup hotel novel concert museum garden lecture film bakery bridge market exhibition play dessert train lounge
@@ -59,7 +59,7 @@ def sentence(rng: random.Random) -> tuple[str, str]:
     found, heard = (rng.choice(PRAISE), rng.choice(BLAME)) if good else (rng.choice(BLAME), rng.choice(PRAISE))
     if rng.random() < 0.3:  # means nothing for the label, so that "not" alone gives nothing away
         heard = f"{rng.choice(NOT)} {heard}"
-    text = rng.choice(PLAIN if rng.random() < 0.4 else MIXED).format(
+    text = rng.choice(PLAIN if rng.random() < 0.5 else MIXED).format(
         it=f"{rng.choice(DETERMINERS)} {rng.choice(DETAILS)}{rng.choice(THINGS)}",
         who=rng.choice(PEOPLE),
         when=rng.choice(TIMES),

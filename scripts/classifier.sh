@@ -26,8 +26,8 @@ else
     flags=(
         --dataset=custom --data_dir="$data_dir" --tokenizer_path="$data_dir/vocab.txt" --output_dir="$ROOT/proc_data"
         --block_size=2_2_2 --d_embed=64 --d_model=64 --n_head=2 --d_head=32 --d_inner=256
-        --separate_cls --pool_q_only --truncate_seq
-        --lr=1e-3 --epochs=15 --train_bsz=32 --n_log_epoch=1 --baselines --write_prediction
+        --separate_cls --pool_q_only --truncate_seq --dropout=0 --dropatt=0
+        --lr=5e-4 --epochs=10 --train_bsz=32 --n_log_epoch=1 --baselines --write_prediction
     )
 fi
 exec "$PYTHON" "$ROOT/pytorch/classifier.py" "${flags[@]}" "$@"
