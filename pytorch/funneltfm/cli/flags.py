@@ -42,8 +42,9 @@ class FlagParser(ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> tuple[Namespace, frozenset[str]]:
         """All flags, and the names of those that were given (on the command line or in a config file)."""
-        flags = self.parse_args(list(argv))
-        given = self.parse_args(list(argv), defaults=False)
+        argv = _config_first(argv)
+        flags = self.parse_args(argv)
+        given = self.parse_args(argv, defaults=False)
         return flags, frozenset(name for name in self.flag_names if name in given)
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
@@ -56,6 +57,19 @@ class FlagParser(ArgumentParser):
         hint = f" Did you mean --{', --'.join(close)}?" if close else ""
         text = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {text.rstrip('.')}.{hint} --help lists all flags.\n")
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """The command line with --config in front, since what comes later wins."""
+    config: list[str] = []
+    rest = list(argv)
+    for i in reversed(range(len(rest))):
+        if rest[i] == "--config":
+            config[:0] = rest[i : i + 2]
+            del rest[i : i + 2]
+        elif rest[i].startswith("--config="):
+            config.insert(0, rest.pop(i))
+    return config + rest
 
 
 def _optional(annotation: Any) -> bool:

@@ -129,9 +129,14 @@ class RunLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken}
+        return {"taken": self.taken, "total": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["total"] != len(self):
+            raise InputError(
+                f"the run has {state['total']} steps in its checkpoint and {len(self)} now: the training data has "
+                f"changed. Put the data back as it was, or start another run."
+            )
         self.taken = state["taken"]
 
 

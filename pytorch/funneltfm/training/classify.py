@@ -3,6 +3,7 @@ classify` are doors to it.
 """
 
 import contextlib
+import json
 import logging
 import platform
 import shutil
@@ -30,7 +31,7 @@ from funneltfm.training.config import Args, make_args
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
 from funneltfm.training.rundir import RunDir, find_run
-from funneltfm.training.setup import Data, choose_device, load_data, make_model, score_baselines
+from funneltfm.training.setup import Data, choose_device, load_data, make_model, score_baselines, with_run_flags
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def classify(**flags: Any) -> dict[str, Any]:
 
 def run(args: Args) -> dict[str, Any]:
     """One run: read data, build or load the model, train, keep the best, evaluate, write it all down."""
+    args = with_run_flags(args)
     data = load_data(args)
     device = choose_device(args)
     run_dir = find_run(args.model_dir, data.task.spec.name, args.resume, args.test_only, args.overwrite)
@@ -54,8 +56,11 @@ def run(args: Args) -> dict[str, Any]:
     with _log_file(args, run_dir), _quiet():
         results: dict[str, Any] = {"task": data.task.spec.name}
         history = None
+        if args.test_only and run_dir.results.is_file():
+            results = json.loads(run_dir.results.read_text(encoding="utf-8"))
         if not args.test_only:
-            write_text(run_dir.config, yaml.safe_dump(args.flags() | {"model_dir": str(run_dir.root)}, sort_keys=False))
+            flags = args.flags() | {"model_dir": str(run_dir.root), "resume": False, "overwrite": False}
+            write_text(run_dir.config, yaml.safe_dump(flags, sort_keys=False))
             history = _train(args, data, model, run_dir, device)
             results |= {
                 "best_step": history.best["step"],

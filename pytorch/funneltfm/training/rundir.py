@@ -102,9 +102,10 @@ def find_run(model_dir: str | None, dataset: str, resume: bool, test_only: bool,
     )
 
 
-def read_labels(run: RunDir) -> tuple[str, ...] | None:
-    """Class names that the best model was trained with; None where it says nothing."""
-    if not run.labels.is_file():
+def read_labels(ckpt: Path) -> tuple[str, ...] | None:
+    """Class names that a model was trained with, from the labels.json beside it; None where nothing says so."""
+    path = ckpt.with_name("labels.json")
+    if not path.is_file():
         return None
-    names = json.loads(run.labels.read_text(encoding="utf-8"))
+    names = json.loads(path.read_text(encoding="utf-8"))
     return tuple(names) if names else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from funneltfm.data.encoding import EncodedSplit, EncodingConfig, load_split
 from funneltfm.data.readers import DatasetSpec, custom_dataset, get_dataset, read_split, source_files
@@ -18,8 +19,8 @@ from funneltfm.funnel.config import ModelConfig, model_size
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.baselines import baselines
 from funneltfm.tasks.classification import Classification
-from funneltfm.training.config import MODEL_SKIP, Args
-from funneltfm.training.rundir import RunDir, read_labels
+from funneltfm.training.config import MODEL_SKIP, Args, make_args
+from funneltfm.training.rundir import RunDir, find_run, read_labels
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +47,64 @@ class Data:
         return [split for split in self.splits if split.startswith("valid")]
 
 
-def _spec(args: Args) -> DatasetSpec:
+def _is_custom(args: Args) -> bool:
+    return args.dataset is not None and args.dataset.lower() == "custom"
+
+
+def task_name(args: Args) -> str:
+    """What a run is called: the dataset's own name, or that of the folder of custom data."""
     if args.dataset is None:
         raise InputError(
             "name the data: --dataset (CoLA, SST-2, ..., or custom) and --data_dir, the folder with its files."
         )
+    if not _is_custom(args):
+        return get_dataset(args.dataset).name
+    if args.data_dir is None:
+        raise InputError("name the folder with the data files: --data_dir.")
+    return Path(args.data_dir).resolve().name or "custom"
+
+
+# Flags that change neither what is learned nor in which order, so a resumed run may have others.
+_FREE_ON_RESUME = {
+    *("resume", "model_dir", "log_path", "output_dir", "overwrite_data", "num_workers"),
+    *("write_prediction", "baselines", "debug", "device_id", "test_bsz"),
+}
+
+
+def with_run_flags(args: Args) -> Args:
+    """Resuming or testing a run needs no more than its folder: what was not given now is taken from its config.yaml."""
+    if not args.resume and not (args.test_only and args.init_ckpt is None):
+        return args
+    name = task_name(args) if args.model_dir is None else ""
+    run_dir = find_run(args.model_dir, name, args.resume, args.test_only, overwrite=False)
+    if not run_dir.config.is_file():
+        return args
+    dropped = {"resume", "overwrite"} | ({"init_ckpt", "init_ckpt_config"} if args.test_only else set())
+    try:
+        saved = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
+        saved = {key: value for key, value in saved.items() if key not in dropped}
+    except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the flags of the run in {run_dir.config}: {error}.") from error
+    given = {name: getattr(args, name) for name in args.given}
+    if args.resume:
+        for key in sorted(args.given - _FREE_ON_RESUME):
+            if key in saved and given[key] != saved[key]:
+                raise InputError(
+                    f"the run in {run_dir.root} was started with --{key}={saved[key]}, so it cannot go on with "
+                    f"--{key}={given[key]}. Leave the flag out, or start another run."
+                )
+    merged = make_args(**(saved | given | {"model_dir": str(run_dir.root)}))
+    merged.given = args.given
+    return merged
+
+
+def _spec(args: Args) -> DatasetSpec:
+    task_name(args)
     if args.data_dir is None:
         raise InputError(f"name the folder with the files of {args.dataset}: --data_dir.")
-    if args.dataset.lower() == "custom":
+    if _is_custom(args):
         spec = custom_dataset(args.data_dir, args.text_a, args.text_b, args.label, args.regression, args.bad_rows)
-        return dataclasses.replace(spec, name=Path(args.data_dir).resolve().name)
+        return dataclasses.replace(spec, name=task_name(args))
     if misplaced := {"text_a", "text_b", "label", "regression"} & args.given:
         raise InputError(f"--{min(misplaced)} is for --dataset=custom; the columns of {args.dataset} are known.")
     return get_dataset(args.dataset)
@@ -73,7 +122,7 @@ def load_data(args: Args) -> Data:
     splits = {}
     for split in wanted:
         # Training needs train and valid; a test file may be absent, unless its predictions are asked for.
-        optional = args.dataset.lower() == "custom" or not (args.test_only or args.write_prediction)
+        optional = _is_custom(args) or not (args.test_only or args.write_prediction)
         if split.startswith("test") and optional and not _present(spec, args, split):
             continue
         splits[split] = load_split(
@@ -165,18 +214,17 @@ def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
                 f"There is none in {run_dir.root}."
             )
         ckpt = run_dir.model
-        trained = read_labels(run_dir)
-        if trained is not None and trained != data.task.spec.labels:
-            raise InputError(
-                f"the model in {run_dir.root} was trained for the classes {', '.join(trained)}, but "
-                f"{data.task.spec.name} "
-                f"has {', '.join(data.task.spec.labels or ['numbers'])}."
-            )
     if ckpt is None:
         if args.init_ckpt_config:
             raise InputError("--init_ckpt_config was given without --init_ckpt.")
         return FunnelTFM(_net_config(args, data, None))
     existing_file(ckpt, "the checkpoint")
+    trained = read_labels(ckpt)
+    if args.test_only and trained is not None and trained != data.task.spec.labels:
+        raise InputError(
+            f"the model {ckpt} was trained for the classes {', '.join(trained)}, but {data.task.spec.name} "
+            f"has {', '.join(data.task.spec.labels or ['numbers'])}."
+        )
     config_path = Path(args.init_ckpt_config) if args.init_ckpt_config else _config_beside(ckpt)
     model = FunnelTFM(_net_config(args, data, config_path))
     fresh = load_checkpoint(model, ckpt, new_head=not args.test_only)

@@ -1,0 +1,88 @@
+"""The shell scripts, as a stranger calls them."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("data-scripts/*.sh"), ROOT / ".ci/run"])
+NEEDS_VENV = pytest.mark.skipif(
+    not (ROOT / ".venv/bin/python").exists(), reason="no .venv: these tests run where scripts/setup.sh has been"
+)
+
+
+def bash(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    command = ["bash", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", **env}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_valid_bash_and_strict(script: Path) -> None:
+    assert bash("-n", script, cwd=ROOT).returncode == 0
+    assert "set -euo pipefail" in script.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@NEEDS_VENV
+def test_classifier_sh_learns_the_sample_from_any_folder(tmp_path: Path) -> None:
+    done = bash(ROOT / "scripts/classifier.sh", cwd=tmp_path, data_dir=str(tmp_path / "sample"))
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "exp/sample/run_1"
+    results = json.loads((run / "results.json").read_text())
+    assert results["valid"]["accuracy"] > 0.95
+    assert results["test"]["accuracy"] > 0.95
+    assert results["baselines"]["bag_of_words"]["accuracy"] < 0.70
+    assert f"{results['valid']['accuracy']:.4f}" in done.stderr  # the table
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files >= {
+        "config.yaml",
+        "metrics.csv",
+        "results.json",
+        "log.txt",
+        "best/model.pt",
+        "best/net_config.json",
+        "predictions/test.jsonl",
+        "plots/learning_curves.png",
+        "plots/confusion_matrix_valid.png",
+    }
+
+
+@NEEDS_VENV
+def test_classifier_sh_passes_flags_on(tmp_path: Path) -> None:
+    done = bash(ROOT / "scripts/classifier.sh", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "--pool_q_only" in done.stdout
+    done = bash(ROOT / "scripts/classifier.sh", "--epoch=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Did you mean --epochs?" in done.stderr
+
+
+@NEEDS_VENV
+@pytest.mark.parametrize("name", ["data_dir", "pretrain_dir"])
+def test_classifier_sh_says_what_is_missing(tmp_path: Path, name: str) -> None:
+    given = {"data_dir": "x", "pretrain_dir": "y"}
+    del given[name]
+    done = bash(ROOT / "scripts/classifier.sh", cwd=tmp_path, task_name="CoLA", **given)
+    assert done.returncode != 0
+    assert f"{name}=..." in done.stderr
+
+
+@NEEDS_VENV
+def test_setup_sh_is_quick_and_silent_when_nothing_has_changed(tmp_path: Path) -> None:
+    bash(ROOT / "scripts/setup.sh", cwd=tmp_path, EXTRAS="test")
+    again = bash(ROOT / "scripts/setup.sh", cwd=tmp_path, EXTRAS="test")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_setup_sh_refuses_a_python_that_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    copy = tmp_path / "scripts/setup.sh"
+    copy.write_text((ROOT / "scripts/setup.sh").read_text())
+    done = bash(copy, cwd=tmp_path, PYTHON="/nonexistent/python")
+    assert done.returncode == 1
+    assert "Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / ".venv").exists()
