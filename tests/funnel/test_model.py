@@ -161,14 +161,14 @@ def test_canonical_length_of_long_windows(tiny, build, batch, n_block, pooling_s
         inputs, seg_id = batch(n, rows=1)
         right = canonical_length(n, config)
 
-        def logits(length, inputs=inputs, seg_id=seg_id):
+        def result(length, inputs=inputs, seg_id=seg_id):
             ids, segments = padded(inputs, seg_id, length)
-            return model(ids, seg_id=segments)[1]["cls_logits"]
+            hiddens, ret = model(ids, seg_id=segments)
+            return [hidden[~mask] for hidden, mask in zip(hiddens, ret["hidden_masks"], strict=True)]
 
-        final = logits(canonical_length(3 * right, config))
-        for length in (right, right + 1, right + 7):
-            assert (logits(length) - final).abs().max() < 1e-5, (n, length)
-        assert right == n or (logits(right - 1) - final).abs().max() > 1e-5, n
+        final = result(canonical_length(3 * right, config))
+        assert all(same(result(length), final) for length in (right, right + 1, right + 7)), n
+        assert right == n or not same(result(right - 1), final), n
 
 
 @pytest.mark.parametrize("attn_type", ["rel_shift", "factorized"])
@@ -251,10 +251,10 @@ def test_rows_of_padding_alone_stay_finite(tiny, build, batch, dtype, attn_type,
 
 
 @pytest.mark.parametrize("attn_type", ["rel_shift", "factorized"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.35), (torch.float16, 0.05)])
+@pytest.mark.parametrize(("dtype", "mean", "highest"), [(torch.bfloat16, 8e-3, 0.1), (torch.float16, 1e-3, 0.015)])
 @torch.no_grad()
-def test_half_precision_keeps_positions(tiny, batch, attn_type, dtype, tolerance):
-    """Hidden states have unit scale; bf16 has 8 bits, fp16 11."""
+def test_half_precision_keeps_positions(tiny, batch, attn_type, dtype, mean, highest):
+    """Hidden states of unit scale. Measured: mean 5e-3 and 7e-4; positions kept in bf16 themselves give 1.7e-2."""
     config = tiny(attn_type=attn_type, d_model=64, d_embed=64, d_inner=128, n_head=4, d_head=16)
     torch.manual_seed(0)
     model = FunnelTFM(config).eval()
@@ -262,16 +262,15 @@ def test_half_precision_keeps_positions(tiny, batch, attn_type, dtype, tolerance
         layer.r_kernel.normal_(std=0.3)  # the position term decides
     inputs, seg_id = batch(600)
     full = model(inputs, seg_id=seg_id)[0]
-    half = copy.deepcopy(model).to(dtype)(inputs, seg_id=seg_id)[0]
-    for a, b in zip(full, half, strict=True):
+    for a, b in zip(full, copy.deepcopy(model).to(dtype)(inputs, seg_id=seg_id)[0], strict=True):
         assert b.dtype == dtype
         difference = (a - b.float()).abs()
-        assert difference.max() < tolerance
-        assert difference[:, -100:].mean() < 2 * difference[:, 1:101].mean() + 1e-4  # no worse far out
+        assert difference.mean() < mean
+        assert difference.max() < highest
+        assert difference[:, -30:].mean() < 1.5 * difference[:, 1:31].mean()  # no worse far out
     for layer in model.attn_layers:
         layer.r_kernel.zero_()
-    without = model(inputs, seg_id=seg_id)[0]
-    assert max((a - b).abs().max() for a, b in zip(full, without, strict=True)) > 2 * tolerance
+    assert (full[-1] - model(inputs, seg_id=seg_id)[0][-1]).abs().mean() > 4 * mean
 
 
 @pytest.mark.parametrize("attn_type", ["rel_shift", "factorized"])

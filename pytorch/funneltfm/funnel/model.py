@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from funneltfm.errors import InputError
 from funneltfm.funnel.attention import ATTN_TYPES, AttentionStructure, Positions, RelMultiheadAttention
@@ -73,6 +74,9 @@ class FunnelTFM(nn.Module):
         replaced = {key: getattr(args, key) for key in _ARGS_KEYS if getattr(args, key, None) is not None}
         config = dataclasses.replace(net_config, **replaced)
         self.net_config = config
+        self.gradient_checkpointing = (
+            False  # True: in training, compute each layer again going backward, to save memory
+        )
 
         self.input_layer = nn.Sequential(
             EmbeddingLookup(config.vocab_size, config.d_embed),
@@ -106,16 +110,18 @@ class FunnelTFM(nn.Module):
     # ---- text in: ids -> embedding -> one structure per block
 
     def _input_mask(self, inputs: Tensor, input_mask: Tensor | None) -> Tensor:
-        if inputs.dim() != 2 or inputs.size(1) == 0:
+        ids = inputs.dim() == 2 and not inputs.is_floating_point()
+        if not (ids or inputs.dim() == 3) or inputs.size(1) == 0:
             raise InputError(
-                f"inputs must be token ids of shape (batch, length), length at least 1; got {tuple(inputs.shape)}."
+                f"inputs must be token ids of shape (batch, length), length at least 1, or embeddings of shape "
+                f"(batch, length, d_embed); got {tuple(inputs.shape)} of {inputs.dtype}."
             )
         if input_mask is None:
-            return inputs == self.net_config.pad_id
-        if input_mask.shape != inputs.shape:
+            return inputs == self.net_config.pad_id if ids else inputs.new_zeros(inputs.shape[:2], dtype=torch.bool)
+        if input_mask.shape != inputs.shape[:2]:
             raise InputError(
-                f"input_mask must have the shape of inputs, {tuple(inputs.shape)}, 1 = pad; got "
-                f"{tuple(input_mask.shape)}."
+                f"input_mask must have the shape of inputs, {tuple(inputs.shape[:2])}, 1 = pad; "
+                f"got {tuple(input_mask.shape)}."
             )
         return input_mask.bool()
 
@@ -148,7 +154,12 @@ class FunnelTFM(nn.Module):
     # ---- the funnel
 
     def _layer(self, index: int, query: Tensor, key: Tensor, structure: AttentionStructure) -> Tensor:
-        return self.pffn_layers[index](self.attn_layers[index](query, key, key, structure))
+        def layer(query: Tensor, key: Tensor) -> Tensor:
+            return self.pffn_layers[index](self.attn_layers[index](query, key, key, structure))
+
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, query, key, use_reentrant=False)
+        return layer(query, key)
 
     def _encode(
         self, hidden: Tensor, seg_id: Tensor | None, input_mask: Tensor
@@ -207,19 +218,19 @@ class FunnelTFM(nn.Module):
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """Hidden states of every layer.
 
-        inputs: (B, T) token ids. seg_id: (B, T) segment ids, or None to leave the segment term out.
-        input_mask: (B, T), 1 = pad; None takes the tokens that equal pad_id.
-        Returns (hiddens, ret_dict). hiddens[0] is the word embedding (B, T, D), then one (B, T', D) for every
-        application of
-        an encoder layer, T' shrinking from block to block; with use_decoder, then one (B, T, D) for every
-        application of a decoder layer.
-        ret_dict["hidden_masks"] is the padding mask of each of them, (B, T') bool, True = pad.
+        inputs: (B, T) token ids, or (B, T, d_embed) embeddings in place of the table's.
+        seg_id: (B, T) segment ids, or None to leave the segment term out.
+        input_mask: (B, T), 1 = pad; None takes the tokens that equal pad_id, and none where embeddings were given.
+        Returns (hiddens, ret_dict). hiddens[0] is the word embedding (B, T, D), then comes one (B, T', D) for every
+        application of an encoder layer, T' shrinking from block to block; with use_decoder, then one (B, T, D) for
+        every application of a decoder layer. ret_dict["hidden_masks"] is the padding mask of each of them, (B, T')
+        bool, True = pad.
         """
         config = self.net_config
         if use_decoder and config.decoder[0] == 0:
             raise InputError("use_decoder=True needs a model with a decoder; this one has decoder_size '0'.")
         mask = self._input_mask(inputs, input_mask)
-        embedding = self.input_layer(inputs)
+        embedding = self.input_layer(inputs) if inputs.dim() == 2 else self.input_layer[1:](inputs)
         if config.d_embed != config.d_model:
             embedding = self.input_projection(embedding)
 
@@ -234,6 +245,17 @@ class FunnelTFM(nn.Module):
                 hiddens.append(hidden)
                 masks.append(mask)
         return hiddens, {"hidden_masks": masks}
+
+    def get_pooled_output(
+        self, inputs: Tensor, seg_id: Tensor | None = None, input_mask: Tensor | None = None
+    ) -> Tensor:
+        """The summary vector (B, D) of each sequence: the classification head's dense layer and tanh over [CLS]."""
+        if not hasattr(self, "cls_head"):
+            raise InputError(
+                "get_pooled_output needs the dense layer of the head; build the model with cls_target=True."
+            )
+        hiddens, _ = self.extract_hiddens(inputs, seg_id=seg_id, input_mask=input_mask)
+        return self.cls_head[:2](hiddens[-1][:, 0])
 
     def forward(
         self,

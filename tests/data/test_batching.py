@@ -1,0 +1,275 @@
+"""Batches: every example once, a function of (seed, epoch), padded no further than needed, and no result that depends
+on the batch.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from funneltfm.data.batching import Collator, RunLoader, epoch_batches, eval_loader
+from funneltfm.data.encoding import EncodedSplit
+from funneltfm.errors import InputError
+from funneltfm.funnel.config import ModelConfig, canonical_length
+from funneltfm.funnel.model import FunnelTFM
+
+CONFIG = ModelConfig(
+    vocab_size=50, d_embed=8, d_model=8, n_head=2, d_head=4, d_inner=16, block_size="1_1_1",
+    separate_cls=True, truncate_seq=True, pool_q_only=True,
+)  # fmt: skip
+
+
+def split_of(lengths: list[int], seed: int = 0, labels: bool = True) -> EncodedSplit:
+    """Examples of random ids (1 to 49) of the given lengths."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    return EncodedSplit(
+        inputs=rng.integers(1, 50, total).astype(np.int32),
+        seg_id=rng.integers(0, 3, total).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        labels=rng.integers(0, 2, len(lengths)) if labels else np.array([], np.int64),
+        ids=np.array([f"id{i}" for i in range(len(lengths))]),
+    )
+
+
+def lengths_of(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 128, n)
+
+
+# ---- the order of an epoch
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(0, 20))
+def test_every_example_once_in_an_epoch(n: int, batch_size: int, seed: int, epoch: int) -> None:
+    batches = epoch_batches(lengths_of(n), batch_size, seed, epoch)
+    assert sorted(np.concatenate(batches)) == list(range(n))
+    assert len(batches) == -(-n // batch_size)
+    assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)  # one alone may be smaller
+
+
+def test_every_example_once_over_several_pools() -> None:
+    batches = epoch_batches(lengths_of(1003), 4, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert Counter(map(len, batches)) == {4: 250, 3: 1}
+
+
+def flat(lengths: np.ndarray, seed: int, epoch: int) -> list[int]:
+    return np.concatenate(epoch_batches(lengths, 8, seed, epoch)).tolist()
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    lengths = lengths_of(200)
+    assert flat(lengths, 3, 4) == flat(lengths, 3, 4)
+    orders = {(seed, epoch): tuple(flat(lengths, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(set(orders.values())) == 16  # (1, 2) is not (2, 1) either
+
+
+def test_order_takes_nothing_from_the_global_random_numbers() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    loader = RunLoader(split_of([5] * 9), Collator(CONFIG), 2, epochs=2, seed=1)
+    list(loader)
+    list(eval_loader(split_of([5] * 9), Collator(CONFIG), 2))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_examples_of_one_length_are_shuffled_between_epochs() -> None:
+    """The members of a batch change: it is not the same groups in another order."""
+    lengths = np.full(64, 10)
+    groups = [{frozenset(batch.tolist()) for batch in epoch_batches(lengths, 8, 0, epoch)} for epoch in range(2)]
+    assert not groups[0] & groups[1]
+
+
+def waste(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
+    """Share of padding when every batch is padded to its longest."""
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    return 1 - lengths.sum() / padded
+
+
+def test_similar_lengths_are_together() -> None:
+    lengths = lengths_of(3000)
+    random = np.split(np.random.default_rng(0).permutation(3000), range(16, 3000, 16))
+    assert waste(lengths, random) > 0.3
+    assert waste(lengths, epoch_batches(lengths, 16, seed=0, epoch=0)) < 0.04
+
+
+def test_batches_come_in_no_order_of_length() -> None:
+    lengths = lengths_of(800)
+    longest = [lengths[batch].max() for batch in epoch_batches(lengths, 16, seed=0, epoch=0)]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.5
+
+
+# ---- padding
+
+
+@pytest.mark.parametrize(("pad_to", "expected"), [("longest", 9), ("max_length", 40), ("canonical", 11)])
+def test_padded_length(pad_to: str, expected: int) -> None:
+    split = split_of([4, 9, 7])
+    batch = Collator(CONFIG, pad_to, max_length=40)([split[i] for i in range(3)])
+    assert batch["inputs"].shape == batch["seg_id"].shape == batch["input_mask"].shape == (3, expected)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.booleans(), st.booleans(), st.integers(1, 4))
+def test_canonical_padding_is_the_canonical_length(
+    lengths: list[int], separate_cls: bool, truncate_seq: bool, n_block: int
+) -> None:
+    config = ModelConfig(
+        block_size="_".join("1" * n_block), separate_cls=separate_cls, truncate_seq=truncate_seq and separate_cls
+    )
+    split = split_of(lengths)
+    batch = Collator(config)([split[i] for i in range(len(lengths))])
+    assert batch["inputs"].shape[1] == canonical_length(max(lengths), config) >= max(lengths)
+
+
+def test_content_and_mask() -> None:
+    config = ModelConfig(**(CONFIG.to_dict() | {"pad_id": 7}))
+    split = split_of([4, 9, 7])
+    batch = Collator(config, seg_id_pad=9)([split[i] for i in (2, 0)])
+    assert batch["index"].tolist() == [2, 0]
+    assert batch["labels"].tolist() == [split.labels[2], split.labels[0]]
+    assert batch["inputs"].dtype == batch["seg_id"].dtype == torch.int64
+    assert batch["input_mask"].dtype == torch.bool
+    for row, i in enumerate((2, 0)):
+        n = int(split.lengths[i])
+        assert batch["inputs"][row, :n].tolist() == split[i]["inputs"].tolist()
+        assert batch["seg_id"][row, :n].tolist() == split[i]["seg_id"].tolist()
+        assert (batch["inputs"][row, n:] == 7).all()
+        assert (batch["seg_id"][row, n:] == 9).all()
+        assert not batch["input_mask"][row, :n].any()
+        assert batch["input_mask"][row, n:].all()
+
+
+def test_max_length_never_cuts() -> None:
+    split = split_of([12])
+    assert Collator(CONFIG, "max_length", max_length=10)([split[0]])["inputs"].shape == (1, 12)
+
+
+def test_a_token_equal_to_pad_id_is_not_masked() -> None:
+    """What is padding is said by lengths, not by ids."""
+    split = EncodedSplit(
+        np.array([2, 0, 3], np.int32), np.zeros(3, np.int32), np.array([0, 3]), np.array([1]), np.array(["a"])
+    )
+    assert Collator(CONFIG, "longest")([split[0]])["input_mask"].tolist() == [[False, False, False]]
+
+
+def test_labels_only_where_there_are_any() -> None:
+    assert "labels" not in Collator(CONFIG)([split_of([4], labels=False)[0]])
+
+
+def test_unknown_pad_to() -> None:
+    with pytest.raises(InputError, match="pad_to must be canonical, longest or max_length; got 'short'"):
+        Collator(CONFIG, "short")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block_size", ["1_1_1", "2", "1_1x2"])
+@pytest.mark.parametrize("truncate_seq", [True, False])
+@pytest.mark.parametrize("separate_cls", [True, False])
+@pytest.mark.parametrize("attn_type", ["rel_shift", "factorized"])
+def test_a_sentence_alone_and_in_any_batch_is_the_same(
+    block_size: str, truncate_seq: bool, separate_cls: bool, attn_type: str
+) -> None:
+    keys = {"separate_cls": separate_cls, "truncate_seq": truncate_seq, "attn_type": attn_type}
+    config = ModelConfig(**(CONFIG.to_dict() | keys | {"block_size": block_size}))
+    torch.manual_seed(0)
+    model = FunnelTFM(config).eval()
+    for name, parameter in model.named_parameters():  # biases that are zero would hide mistakes
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    split = split_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 31, 64])
+    collator = Collator(config)
+
+    def logits(indices: list[int]) -> torch.Tensor:
+        batch = collator([split[i] for i in indices])
+        with torch.no_grad():
+            return model(batch["inputs"], input_mask=batch["input_mask"], seg_id=batch["seg_id"])[1]["cls_logits"]
+
+    together = logits(list(range(len(split))))
+    alone = torch.cat([logits([i]) for i in range(len(split))])
+    assert together.std() > 0.01
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits([9, 3, 5]), together[[9, 3, 5]], atol=1e-5, rtol=0)
+
+
+# ---- loaders
+
+
+def content(batches: list[dict]) -> list[tuple]:
+    return [tuple((key, value.tolist()) for key, value in sorted(batch.items())) for batch in batches]
+
+
+def run_loader(epochs: int = 3, **kwargs: int) -> RunLoader:
+    return RunLoader(split_of(lengths_of(23).tolist()), Collator(CONFIG), 4, epochs, seed=5, **kwargs)
+
+
+def test_run_loader_goes_over_every_epoch() -> None:
+    loader = run_loader()
+    assert loader.per_epoch == 6
+    assert len(loader) == 18
+    batches = list(loader)
+    assert len(batches) == 18
+    orders = []
+    for epoch in range(3):
+        order = torch.cat([batch["index"] for batch in batches[6 * epoch : 6 * epoch + 6]]).tolist()
+        assert sorted(order) == list(range(23))
+        orders.append(tuple(order))
+    assert len(set(orders)) == 3
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 17, 18])
+def test_run_loader_resumes_with_exactly_the_remaining(taken: int) -> None:
+    whole = content(list(run_loader()))
+    first = run_loader()
+    stream = iter(first)
+    assert content([next(stream) for _ in range(taken)]) == whole[:taken]
+    assert first.state_dict()["taken"] == taken
+    second = run_loader()
+    second.load_state_dict(first.state_dict())
+    assert content(list(second)) == whole[taken:]
+    assert second.state_dict()["taken"] == 18
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_run_loader_resumes_with_workers() -> None:
+    """Workers prepare batches ahead; what counts is what was taken."""
+    whole = content(list(run_loader()))
+    first = run_loader(num_workers=2)
+    stream = iter(first)
+    assert content([next(stream) for _ in range(8)]) == whole[:8]
+    assert first.state_dict()["taken"] == 8
+    del stream
+    second = run_loader(num_workers=2)
+    second.load_state_dict(first.state_dict())
+    assert content(list(second)) == whole[8:]
+
+
+def test_run_loader_refuses_another_number_of_batches() -> None:
+    """The state of a run on other data, or with another batch size, would skip the wrong examples."""
+    with pytest.raises(InputError, match="18 steps in its checkpoint and 24 now"):
+        run_loader(epochs=4).load_state_dict(run_loader().state_dict())
+
+
+def test_run_loader_smaller_than_a_batch() -> None:
+    loader = RunLoader(split_of([5]), Collator(CONFIG), 16, epochs=2, seed=0)
+    assert [batch["index"].tolist() for batch in loader] == [[0], [0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 50])
+def test_eval_loader_covers_everything_once(batch_size: int) -> None:
+    split = split_of(lengths_of(23).tolist(), labels=False)
+    batches = list(eval_loader(split, Collator(CONFIG), batch_size))
+    assert len(batches) == -(-23 // batch_size)
+    order = torch.cat([batch["index"] for batch in batches])
+    assert sorted(order.tolist()) == list(range(23))
+    lengths = torch.cat([(~batch["input_mask"]).sum(dim=1) for batch in batches])
+    assert lengths.tolist() == sorted(split.lengths.tolist())
+    assert lengths.tolist() == split.lengths[order.numpy()].tolist()
+    again = torch.cat([batch["index"] for batch in eval_loader(split, Collator(CONFIG), batch_size)])
+    assert torch.equal(order, again)
+
+

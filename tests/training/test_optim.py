@@ -1,0 +1,123 @@
+"""The schedule's shape, and which parameters decay."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from funneltfm.funnel.config import ModelConfig
+from funneltfm.funnel.model import FunnelTFM
+from funneltfm.training.optim import decay_groups, make_adamw, make_schedule, warmup_linear
+
+TINY = {"vocab_size": 20, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16, "block_size": "1_1"}
+
+
+def rates(total: int, warmup_prop: float, lr: float = 1.0, min_lr: float = 0.0) -> list[float]:
+    """The learning rate of every optimizer step, as AdamW sees it."""
+    optimizer = make_adamw(nn.Linear(1, 1), lr, 0.0)
+    schedule = make_schedule(optimizer, total, warmup_prop, lr, min_lr)
+    seen = []
+    for _ in range(total):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_warm_up_then_linear_decay() -> None:
+    seen = rates(100, 0.1, lr=2e-3, min_lr=2e-4)
+    assert seen[0] == pytest.approx(2e-4)  # lr / W
+    assert seen[9] == pytest.approx(2e-3)  # the peak, at the last step of the warm-up
+    assert seen[-1] == pytest.approx(2e-4)
+    rise, fall = torch.tensor(seen[:10]).diff(), torch.tensor(seen[9:]).diff()
+    torch.testing.assert_close(rise, torch.full_like(rise, 2e-4))
+    torch.testing.assert_close(fall, torch.full_like(fall, -1.8e-3 / 90))
+
+
+def test_no_warm_up() -> None:
+    seen = rates(10, 0.0)
+    assert seen == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_warm_up_alone() -> None:
+    assert rates(4, 1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+@pytest.mark.parametrize("warmup_prop", [0.0, 0.1, 1.0])
+def test_a_run_of_one_step_learns(warmup_prop: float) -> None:
+    (rate,) = rates(1, warmup_prop)
+    assert rate > 0
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_never_below_min_lr_after_warm_up_never_above_lr(total: int, warmup_prop: float, min_ratio: float) -> None:
+    warmup = round(warmup_prop * total)
+    seen = [warmup_linear(step, total, warmup, min_ratio) for step in range(total + 5)]
+    assert all(0 <= rate <= 1 for rate in seen)
+    assert all(rate >= min_ratio - 1e-12 for rate in seen[warmup:])
+    assert seen[warmup:] == sorted(seen[warmup:], reverse=True)
+    if warmup:
+        assert max(seen) == seen[warmup - 1] == 1.0
+    if total > max(1, warmup):
+        assert seen[total - 1] == pytest.approx(min_ratio)
+
+
+def named_groups(model: nn.Module) -> tuple[set[str], set[str]]:
+    decayed, free = decay_groups(model, 0.01)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    one, other = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, free))
+    assert not one & other
+    return one, other
+
+
+@pytest.mark.parametrize("d_embed", [8, 4])
+def test_every_parameter_is_in_one_group(d_embed: int) -> None:
+    decayed, free = named_groups(FunnelTFM(ModelConfig(**TINY, d_embed=d_embed)))
+    assert all(
+        name.endswith("bias") or name in ("input_layer.1.weight",) or name.endswith("layer_norm.weight")
+        for name in free
+    )
+    assert not any(name.endswith("bias") or "norm" in name or name == "input_layer.1.weight" for name in decayed)
+    for kind in ("r_w_bias", "r_r_bias", "r_s_bias", "k_head.bias", "layer_norm.weight", "layer_norm.bias"):
+        assert any(name.endswith(kind) for name in free), kind
+    for kind in ("lookup_table", "q_head.weight", "r_kernel", "seg_embed", "pffn.0.weight", "cls_head.3.weight"):
+        assert any(name.endswith(kind) for name in decayed), kind
+    assert ("input_projection.weight" in decayed) == (d_embed != 8)
+
+
+def test_norms_of_torch_do_not_decay_either() -> None:
+    decayed, free = named_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    assert decayed == {"0.weight"}
+    assert free == {"0.bias", "1.weight", "1.bias"}
+
+
+def test_the_settings_of_the_original() -> None:
+    optimizer = make_adamw(nn.Linear(2, 2), 1e-3, 0.01)
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.99)
+        assert group["eps"] == 1e-6
+
+
+def test_everything_trains_and_only_matrices_decay() -> None:
+    """A step with gradients moves every parameter; a step with none moves the matrices alone, by lr * decay."""
+    torch.manual_seed(0)
+    model = FunnelTFM(ModelConfig(**TINY, d_embed=8))
+    for parameter in model.parameters():  # zeros would hide decay
+        nn.init.normal_(parameter)
+    _, free = named_groups(model)
+
+    def moved(gradient: float) -> dict[str, torch.Tensor]:
+        optimizer = make_adamw(model, lr=0.1, weight_decay=0.5)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        return {name: (parameter.detach() / before[name]) for name, parameter in model.named_parameters()}
+
+    for name, ratio in moved(0.0).items():
+        expected = 1.0 if name in free else 1 - 0.1 * 0.5
+        torch.testing.assert_close(ratio, torch.full_like(ratio, expected), msg=name)
+    assert all((ratio != 1).all() for ratio in moved(1.0).values())
