@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from funneltfm.errors import InputError
 from funneltfm.funnel.attention import ATTN_TYPES, AttentionStructure, Positions, RelMultiheadAttention
 from funneltfm.funnel.config import ModelConfig
+from funneltfm.funnel.heads import SummaryHead
 from funneltfm.funnel.ops import (
     ACTIVATIONS,
     Dense,
@@ -101,12 +102,7 @@ class FunnelTFM(nn.Module):
             for _ in range(n_layer)
         )
         if cls_target:
-            self.cls_head = nn.Sequential(
-                Dense(config.d_model, config.d_model),
-                nn.Tanh(),
-                nn.Dropout(config.dropout),
-                Dense(config.d_model, config.num_class),
-            )
+            self.cls_head = SummaryHead(config.d_model, config.num_class, config.dropout)
 
     # ---- text in: ids -> embedding -> one structure per block
 
