@@ -142,21 +142,9 @@ def wheel(tmp_path_factory):
     for name in folders:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*MADE, "*.egg-info"))
     (tree / "tensorflow" / "stray.py").write_text("")  # as the converter will be: it must stay outside
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(tree),
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(out),
-    ]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    )
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    env = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    result = subprocess.run([*pip_wheel, "-w", out, tree], capture_output=True, text=True, timeout=120, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("*.whl")
     with zipfile.ZipFile(path) as archive:

@@ -29,7 +29,9 @@ ELSEWHERE = {
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The repository's files in a fresh folder, with this environment as its .venv and stand-ins for what the network gives."""
+    """The repository's files in a fresh folder, with this environment as its .venv and stand-ins for what the
+    network gives.
+    """
     if not (ROOT / ".venv/bin/python").exists():
         pytest.skip("no .venv: the README's commands run where scripts/setup.sh has been")
     for name in ("pytorch", "scripts", "data-scripts", "pyproject.toml", "constraints.txt", "download_all_ckpts.sh"):

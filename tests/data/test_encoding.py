@@ -341,7 +341,8 @@ def test_any_flipped_byte_is_harmless(load: Loader, reads: list[str]) -> None:
     content = path.read_bytes()
     rng = random.Random(0)
     for position in rng.sample(range(len(content)), 120):
-        path.write_bytes(content[:position] + bytes([content[position] ^ (1 << rng.randrange(8))]) + content[position + 1 :])
+        path.write_bytes(content[:position] + bytes([content[position] ^ (1 << rng.randrange(8))]) +
+        content[position + 1 :])
         assert same(good, load()), position
 
 

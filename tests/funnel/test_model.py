@@ -92,9 +92,9 @@ def test_gradients_of_both_forms_agree(tiny, build, batch, switches):
 @torch.no_grad()
 def test_encoder_is_the_slow_reference(tiny, build, batch, slow, keys):
     model = build(tiny(**keys))
-    for length, n_real in ((1, 1), (2, 2), (3, 2), (4, 4), (7, 7), (8, 5), (9, 6)):
-        inputs, seg_id = batch(length, rows=1)
-        mask = torch.arange(length)[None] >= n_real
+    for text in ("0", "00", "001", "0000", "0000000", "00000111", "000000111", "010010110", "0110000"):
+        mask = torch.tensor([[pad == "1" for pad in text]])  # padding at the end, and anywhere
+        inputs, seg_id = batch(len(text), rows=1)
         for seg in (seg_id, None):
             hiddens, ret = model.extract_hiddens(inputs, seg, mask)
             wanted, masks = slow(model).hiddens(
@@ -102,7 +102,7 @@ def test_encoder_is_the_slow_reference(tiny, build, batch, slow, keys):
             )
             assert [m[0].tolist() for m in ret["hidden_masks"]] == [[bool(m) for m in row] for row in masks]
             for hidden, other in zip(hiddens, wanted, strict=True):
-                assert np.abs(hidden[0].double().numpy() - other).max() <= 1e-5, (length, n_real)
+                assert np.abs(hidden[0].double().numpy() - other).max() <= 1e-5, text
 
 
 # ---- canonical length: one answer for a sentence, whatever its batch
@@ -396,6 +396,37 @@ def test_args_override_what_the_original_kept_outside_its_config(tiny, build, ba
         FunnelTFM(tiny(), SimpleNamespace(attn_type="absolute"))
 
 
+@torch.no_grad()
+def test_pooled_output_is_what_the_last_dense_layer_sees(tiny, build, batch):
+    model = build(tiny(num_class=3))
+    inputs, seg_id = batch(9)
+    inputs[1, 5:] = 0
+    pooled = model.get_pooled_output(inputs, seg_id=seg_id)
+    assert pooled.shape == (2, 16)
+    logits = model(inputs, seg_id=seg_id)[1]["cls_logits"]
+    torch.testing.assert_close(pooled @ model.cls_head[3].weight + model.cls_head[3].bias, logits)
+    with pytest.raises(InputError, match="cls_target=True"):
+        build(tiny(), cls_target=False).get_pooled_output(inputs)
+
+
+# ---- embeddings in place of ids
+
+
+@pytest.mark.parametrize("d_embed", [16, 6])
+@torch.no_grad()
+def test_embeddings_as_input(tiny, build, batch, d_embed):
+    model = build(tiny(d_embed=d_embed, decoder_size="1"))
+    inputs, seg_id = batch(9)
+    inputs[1, 5:] = 0
+    embeddings = model.input_layer[0].lookup_table[inputs]
+    by_ids = model.extract_hiddens(inputs, seg_id, use_decoder=True)[0]
+    by_embeddings = model.extract_hiddens(embeddings, seg_id, inputs == 0, use_decoder=True)[0]
+    assert all(torch.equal(a, b) for a, b in zip(by_ids, by_embeddings, strict=True))
+    no_mask = model(embeddings, seg_id=seg_id)[1]  # nothing tells padding apart
+    assert not any(mask.any() for mask in no_mask["hidden_masks"])
+    assert torch.equal(no_mask["cls_logits"], model(inputs, torch.zeros(2, 9), seg_id)[1]["cls_logits"])
+
+
 # ---- segments
 
 
@@ -463,6 +494,35 @@ def test_dropout_in_training_only_and_seeded(tiny, batch):
     assert torch.equal(logits(1), logits(2))
 
 
+@pytest.mark.parametrize("attn_type", ["rel_shift", "factorized"])
+def test_gradient_checkpointing_changes_nothing(tiny, batch, attn_type, monkeypatch):
+    """Same loss and gradients, dropout included; and it is used in training alone."""
+    from funneltfm.funnel import model as module
+
+    calls = []
+    original = module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1])
+    torch.manual_seed(0)
+    model = FunnelTFM(tiny(attn_type=attn_type, block_size="1_1x2_2", decoder_size="1", dropout=0.2, dropatt=0.2))
+    inputs, seg_id = batch(13)
+    seen = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        hiddens, _ = model.extract_hiddens(inputs, seg_id, use_decoder=True)
+        loss = hiddens[-1].square().mul(torch.arange(16)).mean() + hiddens[3].sum()
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert len(calls) == (6 if model.gradient_checkpointing else 0)
+    assert len(seen[0]) == len(seen[1]) > 80
+    for plain, checkpointed in zip(*seen, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+    model.eval().extract_hiddens(inputs, seg_id)
+    with torch.no_grad():
+        model.train().extract_hiddens(inputs, seg_id)
+    assert len(calls) == 6
+
+
 def test_copies_and_pickles(tiny, build, batch):
     model = build(tiny())
     inputs, seg_id = batch(9)
@@ -500,7 +560,9 @@ def test_parameter_counts_of_the_published_sizes():
     [
         ({"inputs": torch.ones(9).long()}, "inputs"),
         ({"inputs": torch.ones(2, 0).long()}, "inputs"),
-        ({"inputs": torch.ones(2, 3, 4).long()}, "inputs"),
+        ({"inputs": torch.ones(2, 9)}, "inputs"),
+        ({"inputs": torch.ones(2, 9, 4)}, "inputs"),
+        ({"inputs": torch.ones(2, 3, 4, 16)}, "inputs"),
         ({"input_mask": torch.zeros(2, 8)}, "input_mask"),
         ({"input_mask": torch.zeros(2, 1)}, "input_mask"),
         ({"input_mask": torch.zeros(9)}, "input_mask"),

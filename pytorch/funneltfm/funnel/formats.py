@@ -1,0 +1,323 @@
+"""Checkpoint folders of four formats: tell which it is, read it into Parts, write Parts, check what was written.
+
+pt         net_config.json or net_config.pytorch.json, model.pt, and for what the original's model.pt cannot hold
+           heads.pt and generator/ (a folder like this one)
+tf         net_config.json, model.ckpt-N.index, model.ckpt-N.data-00000-of-00001
+hf         config.json (model_type "funnel"), model.safetensors
+funneltfm  config.json (model_type "funnel_tfm"), model.safetensors; generator/ beside them
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funneltfm.errors import InputError
+from funneltfm.files import write_json
+from funneltfm.funnel import convert
+from funneltfm.funnel.checkpoints import read_state
+from funneltfm.funnel.config import ModelConfig
+from funneltfm.funnel.convert import Parts
+
+CONFIG_NAMES = ("net_config.json", "net_config.pytorch.json")
+
+
+def detect(path: Path) -> str:
+    """The format of a checkpoint folder (or of a model.pt, or of the prefix of a TensorFlow checkpoint)."""
+    if path.is_file() and path.suffix == ".pt":
+        return "pt"
+    if not path.is_dir():
+        if Path(f"{path}.index").is_file() or path.suffix == ".index":
+            return "tf"
+        raise InputError(f"there is no checkpoint at {path}: no such folder or file.")
+    if (path / "config.json").is_file():
+        kind = _json(path / "config.json").get("model_type")
+        if kind not in ("funnel", "funnel_tfm"):
+            raise InputError(f"{path / 'config.json'} is of model_type {kind!r}; expected a Funnel-Transformer.")
+        return "hf" if kind == "funnel" else "funneltfm"
+    if any(path.glob("*.index")):
+        return "tf"
+    if (path / "model.pt").is_file():
+        return "pt"
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
+    raise InputError(
+        f"{path} holds no checkpoint of a known format (model.pt; *.index; config.json with model.safetensors). "
+        f"It holds {found}."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object.")
+    return value
+
+
+def net_config_path(folder: Path, given: Path | None = None) -> Path:
+    """The model's config: the one that was named, else the one that lies beside."""
+    if given is not None:
+        return given
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"there is no {' or '.join(CONFIG_NAMES)} in {folder}; name the model's config.")
+
+
+# ---- pt
+
+
+def read_pt(path: Path, config_path: Path | None, options: "Options") -> Parts:
+    folder = path if path.is_dir() else path.parent
+    state = read_state(path / "model.pt" if path.is_dir() else path)
+    config = _net_config(net_config_path(folder, config_path), options)
+    heads = {name: tensor for name, tensor in state.items() if name.startswith("cls_head.")}
+    core = {name: tensor for name, tensor in state.items() if name not in heads}
+    if "cls_head.3.bias" in heads:
+        config = replace(config, num_class=len(heads["cls_head.3.bias"]))
+    if not any(name.startswith(f"attn_layers.{convert.n_layers(config)[0]}.") for name in core):
+        config = replace(config, decoder_size="0")
+    shapes = convert.core_shapes(config)
+    if wrong := sorted(set(shapes) ^ set(core)):
+        what = "lacks" if wrong[0] in shapes else "holds the unknown"
+        raise InputError(
+            f"{path} {what} {wrong[0]} (and {len(wrong) - 1} more that do not fit). Is its config its own?"
+        )
+    convert.check_shapes(core, config)
+    if (folder / "heads.pt").is_file():
+        heads |= read_state(folder / "heads.pt")
+    generator = read_pt(folder / "generator", None, options) if (folder / "generator").is_dir() else None
+    return Parts(config, core, heads, generator)
+
+
+def write_pt(parts: Parts, folder: Path, options: "Options") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    in_model = {name: tensor for name, tensor in parts.heads.items() if name.startswith("cls_head.")}
+    heads = {name: tensor for name, tensor in parts.heads.items() if name not in in_model}
+    torch.save(_plain(parts.core | in_model), folder / "model.pt")
+    parts.config.to_json(folder / "net_config.pytorch.json")
+    if heads:
+        torch.save(_plain(heads), folder / "heads.pt")
+    if parts.generator is not None:
+        write_pt(parts.generator, folder / "generator", options)
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def _net_config(path: Path, options: "Options") -> ModelConfig:
+    """The config; what the older code kept outside its file comes from the options."""
+    return ModelConfig.init_from_json(path, options)
+
+
+# ---- tf
+
+
+def read_tf(path: Path, config_path: Path | None, options: "Options") -> Parts:
+    folder = path if path.is_dir() else path.parent
+    config = _net_config(net_config_path(folder, config_path), options)
+    with tempfile.TemporaryDirectory() as scratch:
+        npz = Path(scratch) / "variables.npz"
+        _tensorflow(options, "read", path, npz)
+        with np.load(npz, allow_pickle=False) as arrays:
+            variables = {str(name): torch.from_numpy(arrays[str(i)]) for i, name in enumerate(arrays["names"])}
+    return convert.from_tf(variables, config)
+
+
+def write_tf(parts: Parts, folder: Path, options: "Options") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    variables = {name: tensor.detach().cpu().numpy() for name, tensor in convert.to_tf(parts).items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        npz = Path(scratch) / "variables.npz"
+        arrays: Any = {str(i): value for i, value in enumerate(variables.values())}
+        np.savez(npz, names=np.array(list(variables)), **arrays)
+        _tensorflow(options, "write", npz, folder / "model.ckpt-0")
+    write_json(folder / "net_config.json", _tf_config(parts.config))
+
+
+def _tf_config(config: ModelConfig) -> dict[str, Any]:
+    """net_config.json as the TensorFlow code reads it."""
+    keys = config.to_dict()
+    keys["rel_attn_type"] = keys.pop("attn_type")
+    for outside in ("truncate_seq", "num_class", "seg_id_cls", "pad_id"):
+        del keys[outside]
+    return keys | {"init": "truncated_normal", "init_range": 0.1, "init_std": 0.02}
+
+
+def _tensorflow(options: "Options", verb: str, *paths: Path) -> None:
+    """Run the one program that imports TensorFlow, in the Python that has it."""
+    program = Path(__file__).resolve().parents[3] / "tensorflow" / "checkpoint.py"
+    if not program.is_file():
+        raise InputError(
+            "TensorFlow files are read and written by tensorflow/checkpoint.py of the repository; run the "
+            "conversion from a checkout."
+        )
+    python = options.tf_python or os.environ.get("FUNNELTFM_TF_PYTHON") or sys.executable
+    done = subprocess.run([python, str(program), verb, *map(str, paths)], capture_output=True, text=True)
+    if done.returncode == 3:
+        raise InputError(
+            f"reading and writing TensorFlow files needs TensorFlow, which {python} lacks. Install it there with "
+            f"pip install 'funneltfm[tf]', or name a Python that has it with --tf_python."
+        )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"TensorFlow could not {verb} {paths[0] if verb == 'read' else paths[1]}: {reason}")
+
+
+# ---- hf: transformers' own Funnel
+
+
+def read_hf(path: Path, config_path: Path | None, options: "Options") -> Parts:
+    return convert.from_hf(_read_tensors(path), _json(config_path or path / "config.json"))
+
+
+def write_hf(parts: Parts, folder: Path, options: "Options") -> None:
+    config, state, _ = convert.to_hf(parts)
+    _write_tensors(state, folder)
+    write_json(folder / "config.json", config)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """model.safetensors, else pytorch_model.bin (tensors alone are unpickled)."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return read_state(folder / "pytorch_model.bin")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}). Copy or download it again.") from error
+
+
+def _write_tensors(state: dict[str, Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_plain(state), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- all of them
+
+
+class Options:
+    """What a conversion needs beside the files.
+
+    attn_type, truncate_seq: settings that older configs do not hold; keys of the file win.
+    tf_python: a Python that has TensorFlow, where this one has not.
+    """
+
+    def __init__(self, attn_type: str | None = None, truncate_seq: bool = True, tf_python: str | None = None):
+        if attn_type is not None:
+            self.attn_type = attn_type
+        self.truncate_seq = truncate_seq
+        self.tf_python = tf_python
+
+
+class Format(NamedTuple):
+    read: Callable[[Path, Path | None, Options], Parts]
+    write: Callable[[Parts, Path, Options], None]
+
+
+FORMATS: dict[str, Format] = {
+    "pt": Format(read_pt, write_pt),
+    "tf": Format(read_tf, write_tf),
+    "hf": Format(read_hf, write_hf),
+}
+
+
+def convert_checkpoint(
+    source: Path,
+    target: Path,
+    to: str,
+    kind: str = "auto",
+    config_path: Path | None = None,
+    options: Options | None = None,
+    drop_heads: bool = False,
+    overwrite: bool = False,
+) -> tuple[Parts, list[str]]:
+    """Convert a checkpoint folder; the target appears whole or not at all. Returns what it holds and report lines.
+
+    kind: the source's format, or "auto". drop_heads: leave out heads (and a generator) that the target cannot hold.
+    Raises InputError where anything does not fit.
+    """
+    options = options or Options()
+    kind = detect(source) if kind == "auto" else kind
+    for name in (kind, to):
+        if name not in FORMATS:
+            raise InputError(f"a format must be one of {', '.join(FORMATS)}; got {name!r}.")
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]) and not overwrite:
+        raise InputError(f"{target} exists and is not empty. Name another folder, or give --overwrite.")
+    parts = FORMATS[kind].read(source, config_path, options)
+    report = [f"{source} ({kind}): {_describe(parts)}"]
+    if parts.left:
+        report.append(f"left out: {len(parts.left)} training variables ({_families(parts.left)})")
+    if drop_heads and (parts.heads or parts.generator):
+        report.append(f"left out on request: {_describe_extras(parts)}")
+        parts = replace(parts, heads={}, generator=None)
+    if to == "hf" and parts.generator is not None:
+        raise InputError(
+            "transformers' Funnel cannot hold a generator; give --drop_heads, or convert to another format."
+        )
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        fresh = Path(scratch) / "checkpoint"
+        FORMATS[to].write(parts, fresh, options)
+        _check_written(parts, FORMATS[to].read(fresh, None, options))
+        folder = source if source.is_dir() else source.parent
+        for vocabulary in [*folder.glob("vocab*.txt"), *folder.glob("*.model"), *folder.glob("tokenizer*.json")]:
+            shutil.copy(vocabulary, fresh / vocabulary.name)
+        if overwrite and target.exists():
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        elif target.exists():
+            target.rmdir()
+        os.replace(fresh, target)
+    report.append(f"{target} ({to}): {_describe(parts)}; read back, every tensor bit-equal")
+    return parts, report
+
+
+def _check_written(parts: Parts, again: Parts) -> None:
+    """Our own mistake if it fails: what was written reads back to the same tensors."""
+    for mine, read in ((parts, again), (parts.generator, again.generator)):
+        if mine is None or read is None:
+            assert mine is None, "the generator was not written"
+            assert read is None, "a generator appeared"
+            continue
+        for a, b in ((mine.core, read.core), (mine.heads, read.heads)):
+            assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _describe(parts: Parts) -> str:
+    encoder, decoder = convert.n_layers(parts.config)
+    return (
+        f"{len(parts.core)} tensors of the encoder ({encoder} layers)"
+        + (f" and decoder ({decoder})" if decoder else "")
+        + _describe_extras(parts)
+    )
+
+
+def _describe_extras(parts: Parts) -> str:
+    heads = sorted({name.split(".")[0] for name in parts.heads})
+    text = f"; {len(parts.heads)} of {', '.join(heads)}" if heads else ""
+    return text + (f"; generator: {_describe(parts.generator)}" if parts.generator else "")
+
+
+def _families(names: list[str]) -> str:
+    """`model/x/adam`, `model/y/adam`, `global_step` -> `adam, global_step`."""
+    return ", ".join(sorted({name.rsplit("/", 1)[-1] for name in names}))

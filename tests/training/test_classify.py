@@ -1,0 +1,779 @@
+"""Whole runs on tiny data: every layout, what is in the folder, the same again, resumed, tested, finetuned."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from funneltfm.cli.main import main
+from funneltfm.data.batching import Collator
+from funneltfm.data.encoding import EncodingConfig, encode_examples
+from funneltfm.data.readers import custom_dataset, get_dataset, read_split
+from funneltfm.data.tokenization import get_tokenizer
+from funneltfm.errors import InputError
+from funneltfm.funnel.checkpoints import load_checkpoint
+from funneltfm.funnel.config import ModelConfig
+from funneltfm.funnel.model import FunnelTFM
+from funneltfm.training import classify as engine
+from funneltfm.training.classify import classify
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURE = ROOT.parent / "shared" / "fixtures" / "funnel" / "enc_2_2_2"
+WORDS = "a bad cat dog good great man not old red story the was we".split()
+MODEL = {
+    "block_size": "1_1", "d_embed": 8, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16,
+    "separate_cls": True, "truncate_seq": True, "pool_q_only": True,
+}  # fmt: skip
+
+
+def sentences(n: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(2, 12))) for _ in range(n)]
+
+
+# ---- layouts
+
+
+def custom_jsonl(folder: Path) -> dict[str, Any]:
+    """Three classes whose names have blanks; a test file with labels."""
+    for split, n, seed in (("train", 20, 1), ("valid", 9, 2), ("test", 5, 3)):
+        names = ["very good", "so so", "not good"]
+        rows = [{"text": text, "mood": names[i % 3]} for i, text in enumerate(sentences(n, seed))]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"dataset": "custom", "text_a": "text", "label": "mood"}
+
+
+def custom_csv_pair(folder: Path) -> dict[str, Any]:
+    for split, n, seed in (("train", 18, 1), ("dev", 7, 2)):
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["q1", "q2", "same"])
+            for i, (a, b) in enumerate(zip(sentences(n, seed), sentences(n, seed + 10), strict=True)):
+                writer.writerow([a + ', "so"', b, "yes" if i % 2 else "no"])
+    return {"dataset": "custom", "text_a": "q1", "text_b": "q2", "label": "same"}
+
+
+def stsb(folder: Path) -> dict[str, Any]:
+    header = "index genre filename year old_index source1 source2 sentence1 sentence2".split()
+    rng = random.Random(0)
+    for name, n, seed in (("train", 20, 1), ("dev", 8, 2), ("test", 4, 3)):
+        labelled = name != "test"
+        lines = ["\t".join(header + ["score"] * labelled)]
+        for i, (a, b) in enumerate(zip(sentences(n, seed), sentences(n, seed + 10), strict=True)):
+            lines.append("\t".join([str(i), *["x"] * 6, a, b] + [f"{rng.uniform(0, 5):.3f}"] * labelled))
+        (folder / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return {"dataset": "STS-B"}
+
+
+def cola_files(folder: Path) -> dict[str, Any]:
+    rng = random.Random(0)
+    for name, n, seed in (("train", 24, 1), ("dev", 11, 2)):
+        rows = [f"gj04\t{rng.randint(0, 1)}\t\t{text}\n" for text in sentences(n, seed)]
+        (folder / f"{name}.tsv").write_text("".join(rows), encoding="utf-8")
+    rows = [f"{i}\t{text}\n" for i, text in enumerate(sentences(5, 3))]
+    (folder / "test.tsv").write_text("index\tsentence\n" + "".join(rows), encoding="utf-8")
+    return {"dataset": "CoLA"}
+
+
+def mnli(folder: Path) -> dict[str, Any]:
+    names = ["neutral", "entailment", "contradiction"]
+    for name, n, seed in (
+        ("train", 21, 1), ("dev_matched", 8, 2), ("dev_mismatched", 6, 3), ("test_matched", 5, 4),
+        ("test_mismatched", 4, 5),
+    ):  # fmt: skip
+        labelled = not name.startswith("test")
+        lines = ["\t".join(["index", "sentence1", "sentence2"] + ["gold_label"] * labelled)]
+        for i, (a, b) in enumerate(zip(sentences(n, seed), sentences(n, seed + 10), strict=True)):
+            lines.append("\t".join([str(i), a, b] + [names[i % 3]] * labelled))
+        (folder / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return {"dataset": "MNLI"}
+
+
+def ag(folder: Path) -> dict[str, Any]:
+    for name, n, seed in (("train", 20, 1), ("test", 9, 2)):
+        rows = [f'"{i % 4 + 1}","{text}","{text} too"\n' for i, text in enumerate(sentences(n, seed))]
+        (folder / f"{name}.csv").write_text("".join(rows), encoding="utf-8")
+    return {"dataset": "AG"}
+
+
+@dataclass
+class Layout:
+    write: Callable[[Path], dict[str, Any]]
+    sizes: dict[str, int]
+    """Split -> examples, of those that are evaluated or predicted."""
+    metrics: tuple[str, ...]
+    submissions: dict[str, str]
+
+    @property
+    def labelled(self) -> list[str]:
+        return [s for s in self.sizes if not s.startswith("test") or self.write in (custom_jsonl, ag)]
+
+
+LAYOUTS = {
+    "jsonl": Layout(custom_jsonl, {"valid": 9, "test": 5}, ("accuracy",), {}),
+    "csv pair": Layout(custom_csv_pair, {"valid": 7}, ("accuracy",), {}),
+    "STS-B": Layout(stsb, {"valid": 8, "test": 4}, ("pearson", "spearman"), {"test": "STS-B.tsv"}),
+    "CoLA": Layout(cola_files, {"valid": 11, "test": 5}, ("mcc", "accuracy"), {"test": "CoLA.tsv"}),
+    "MNLI": Layout(
+        mnli, {"valid": 8, "valid_mm": 6, "test": 5, "test_mm": 4}, ("accuracy",),
+        {"test": "MNLI-m.tsv", "test_mm": "MNLI-mm.tsv"},
+    ),
+    "AG": Layout(ag, {"valid": 9, "test": 9}, ("accuracy",), {}),
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A finished run of a layout."""
+
+    layout: Layout
+    root: Path
+    data_dir: Path
+    flags: dict[str, Any]
+    results: dict[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        return self.spec.labels
+
+    @property
+    def spec(self):
+        if self.flags["dataset"] != "custom":
+            return get_dataset(self.flags["dataset"])
+        return custom_dataset(
+            self.data_dir, self.flags["text_a"], self.flags.get("text_b"), self.flags.get("label", "label")
+        )
+
+    def scored_by_hand(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of every example of a split, each alone through the exported model; and the labels."""
+        config = ModelConfig.init_from_json(self.root / "best" / "net_config.json")
+        model = FunnelTFM(config).eval()
+        assert load_checkpoint(model, self.root / "best" / "model.pt") == []
+        tokenizer = get_tokenizer("word_piece", self.root / "best" / "vocab.txt")
+        encoded = encode_examples(
+            read_split(self.spec, self.data_dir, split), self.spec.labels, tokenizer, EncodingConfig()
+        )
+        collator, logits = Collator(config), []
+        for i in range(len(encoded)):
+            batch = collator([encoded[i]])
+            with torch.no_grad():
+                ret = model(batch["inputs"], input_mask=batch["input_mask"], seg_id=batch["seg_id"])[1]
+            logits.append(ret["cls_logits"][0].numpy())
+        return np.stack(logits), encoded.labels
+
+
+def rows_of(root: Path, speed: bool = False) -> list[dict[str, str]]:
+    """metrics.csv, without the one column that no two runs share."""
+    with open(root / "metrics.csv", newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    return rows if speed else [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return torch.load(root / "best" / "model.pt", weights_only=True)
+
+
+def last_weights(root: Path) -> dict[str, torch.Tensor]:
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+_RUNS: dict[str, Run] = {}
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vocab: Path) -> Run:
+    """Each layout is trained once for the whole module."""
+    if request.param not in _RUNS:
+        layout = LAYOUTS[request.param]
+        folder = tmp_path_factory.mktemp("run")
+        data_dir = folder / "my data"
+        data_dir.mkdir()
+        flags = layout.write(data_dir) | {
+            "data_dir": str(data_dir), "model_dir": str(folder / "out put"), "output_dir": str(folder / "processed"),
+            "tokenizer_path": str(vocab), "epochs": 1, "train_bsz": 4, "valid_bsz": 3, "test_bsz": 2, "lr": 1e-2,
+            "device_id": -1, "n_valid": 3, "n_log_epoch": 2, "write_prediction": True, "baselines": True, **MODEL,
+        }  # fmt: skip
+        results = classify(**flags)
+        _RUNS[request.param] = Run(layout, Path(flags["model_dir"]), data_dir, flags, results)
+    return _RUNS[request.param]
+
+
+# ---- the folder of a run
+
+
+def test_files_of_a_run(run: Run) -> None:
+    files = {str(path.relative_to(run.root)) for path in run.root.rglob("*") if path.is_file()}
+    kind = "scatter" if run.labels is None else "confusion_matrix"
+    assert files == {
+        "config.yaml", "metrics.csv", "results.json", "log.txt", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+        "best/model.pt", "best/net_config.json", "best/labels.json", "best/vocab.txt", "plots/learning_curves.png",
+        *(f"plots/{kind}_{split}.png" for split in run.layout.labelled),
+        *(f"predictions/{split}.jsonl" for split in run.layout.sizes),
+        *(f"predictions/{name}" for name in run.layout.submissions.values()),
+    }  # fmt: skip
+    for path in (run.root / "plots").iterdir():
+        pixels = matplotlib.image.imread(path)
+        assert pixels[..., :3].std() > 0.01
+
+
+def test_results(run: Run) -> None:
+    results = json.loads((run.root / "results.json").read_text(encoding="utf-8"))
+    assert results == run.results
+    for split in run.layout.labelled:
+        assert list(results[split]) == [*run.layout.metrics, "loss"]
+    assert not {split for split in ("test", "test_mm") if split in results} - set(run.layout.labelled)
+    assert set(results) - set(run.layout.sizes) == {
+        "task", "best_step", "steps", "epochs", "train_seconds", "examples_per_second", "baselines", "parameters",
+        "seed", "device", "precision", "versions",
+    }  # fmt: skip
+    assert set(results["baselines"]) == {"majority", "bag_of_words"}
+    assert results["examples_per_second"] > 0
+    assert results["parameters"] == sum(tensor.numel() for tensor in weights(run.root).values())
+
+
+def test_results_equal_an_evaluation_example_by_example(run: Run) -> None:
+    for split in run.layout.labelled:
+        logits, labels = run.scored_by_hand(split)
+        assert len(logits) == run.layout.sizes[split]
+        scores = run.results[split]
+        if run.labels is None:
+            pred = logits[:, 0].astype(float)
+            assert scores["pearson"] == pytest.approx(np.corrcoef(pred, labels)[0, 1], abs=1e-4)
+            assert scores["loss"] == pytest.approx(((pred - labels) ** 2).mean(), rel=1e-4)
+        else:
+            right = sum(int(row.argmax()) == label for row, label in zip(logits, labels, strict=True))
+            assert scores["accuracy"] == pytest.approx(right / run.layout.sizes[split])
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+            assert scores["loss"] == pytest.approx(-log_p[range(len(labels)), labels].mean(), rel=1e-4)
+
+
+def test_predictions_are_those_of_the_exported_model(run: Run) -> None:
+    for split, size in run.layout.sizes.items():
+        lines = (run.root / "predictions" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == size
+        examples = read_split(run.spec, run.data_dir, split)
+        assert [row["id"] for row in rows] == [example.id for example in examples]
+        logits, _ = run.scored_by_hand(split)
+        if run.labels is None:
+            assert [row["prediction"] for row in rows] == pytest.approx(logits[:, 0].tolist(), abs=1e-3)
+        else:
+            assert [row["prediction"] for row in rows] == [run.labels[i] for i in logits.argmax(axis=1)]
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            assert [list(row["scores"].values()) for row in rows] == pytest.approx(p, abs=1e-5)
+            assert all(tuple(row["scores"]) == run.labels for row in rows)
+        if split in run.layout.labelled:
+            given = [float(e.label) if run.labels is None else e.label for e in examples]
+            assert [row["label"] for row in rows] == given
+
+
+def test_submission_files(run: Run) -> None:
+    for split, name in run.layout.submissions.items():
+        lines = (run.root / "predictions" / name).read_text(encoding="utf-8").splitlines()
+        assert lines[0] == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(run.layout.sizes[split])]
+        for line in lines[1:]:
+            value = line.split("\t")[1]
+            assert 0 <= float(value) <= 5 if run.labels is None else value in run.labels
+
+
+def test_labels_and_metrics_files(run: Run) -> None:
+    saved = json.loads((run.root / "best" / "labels.json").read_text(encoding="utf-8"))
+    assert saved == (None if run.labels is None else list(run.labels))
+    rows = rows_of(run.root, speed=True)
+    main_metric = f"valid/{run.layout.metrics[0]}"
+    scored = [row for row in rows if row[main_metric]]
+    steps = run.results["steps"]
+    assert [int(row["step"]) for row in scored] == sorted({max(1, round(steps * i / 3)) for i in (1, 2, 3)})
+    assert max(float(row[main_metric]) for row in scored) == pytest.approx(run.results["valid"][run.layout.metrics[0]])
+    assert [int(row["step"]) for row in scored if float(row[main_metric]) == max(float(r[main_metric]) for r in
+    scored)][
+        0
+    ] == run.results["best_step"]
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert losses
+    assert np.isfinite(losses).all()
+    if run.layout.write is mnli:
+        assert all(row["valid_mm/accuracy"] for row in scored)
+
+
+def test_the_config_makes_the_same_run_again(run: Run, tmp_path: Path) -> None:
+    """config.yaml through --config, from another folder of results."""
+    code = main(["classify", "--config", str(run.root / "config.yaml"), f"--model_dir={tmp_path / 'again'}"])
+    assert code == 0
+    assert equal(weights(run.root), weights(tmp_path / "again"))
+    assert rows_of(run.root) == rows_of(tmp_path / "again")
+    same = [yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")) for root in (run.root, tmp_path / "again")]
+    assert same[0] | {"model_dir": ""} == same[1] | {"model_dir": ""}
+
+
+def test_log_file_holds_what_was_said(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    """From Python too, where nobody has set up logging."""
+    classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), n_valid=1))
+    text = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "valid/mcc" in text
+    assert "FunnelTFM" in text
+
+
+# ---- the best checkpoint
+
+
+def test_the_best_checkpoint_has_the_best_score(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    results = classify(**flags(data_dir=str(cola), model_dir=str(root), epochs=3, n_valid=9, lr=3e-2))
+    scored = [(int(row["step"]), float(row["valid/mcc"])) for row in rows_of(root) if row["valid/mcc"]]
+    steps, scores = zip(*scored, strict=True)
+    assert len(scored) == 9
+    best = max(scores)
+    assert results["best_step"] == steps[scores.index(best)]
+    assert results["valid"]["mcc"] == pytest.approx(best)
+    # The case would prove nothing if the best were the first or the last.
+    assert scores.index(best) not in (0, len(scores) - 1)
+    assert scores[-1] < best
+    checkpoint = torch.load(root / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == results["best_step"]
+    assert equal({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}, weights(root))
+    # And evaluated on its own it has that score, the last one its own.
+    tested = classify(**flags(data_dir=str(cola), model_dir=str(root), test_only=True))
+    assert tested["valid"]["mcc"] == pytest.approx(best)
+    last = tmp_path / "last.pt"
+    torch.save({k.removeprefix("model."): v for k, v in last_weights(root).items()}, last)
+    tested = classify(
+        **flags(data_dir=str(cola), model_dir=str(tmp_path / "other"), test_only=True, init_ckpt=str(last)),
+        init_ckpt_config=str(root / "best" / "net_config.json"),
+    )
+    assert tested["valid"]["mcc"] == pytest.approx(scores[-1])
+
+
+# ---- very small
+
+
+@pytest.mark.parametrize(
+    ("n_train", "more"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (5, {"train_bsz": 64}),
+        (1, {"epochs": 3, "train_bsz": 1}),
+        (3, {"train_bsz": 2, "n_valid": 50, "n_log_epoch": 50}),
+        (9, {"train_bsz": 2, "n_valid": 1, "n_log_epoch": 1}),
+    ],
+    ids=str,
+)
+def test_very_small_data(n_train: int, more: dict, flags: Callable, tmp_path: Path) -> None:
+    lines = [f"x\t{i % 2}\t\t{text}\n" for i, text in enumerate(sentences(n_train, 0))]
+    (tmp_path / "train.tsv").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "dev.tsv").write_text("x\t1\t\ta good dog\n", encoding="utf-8")
+    settings = flags(data_dir=str(tmp_path), model_dir=str(tmp_path / "run"), write_prediction=False, **more)
+    results = classify(**settings)
+    per_epoch = -(-n_train // settings["train_bsz"])
+    assert results["steps"] == per_epoch * settings["epochs"]
+    rows = rows_of(tmp_path / "run")
+    scored = [int(row["step"]) for row in rows if row["valid/mcc"]]
+    assert len(scored) == min(results["steps"], more.get("n_valid", 10))
+    assert scored[-1] == results["steps"]
+    assert all(row["train/loss"] for row in rows if not row["valid/mcc"])
+
+
+# ---- the same again
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    roots = [tmp_path / name for name in ("one", "two", "other")]
+    for root, seed in zip(roots, (7, 7, 8), strict=True):
+        torch.rand(random.randrange(9))  # what came before does not matter
+        classify(**flags(data_dir=str(cola), model_dir=str(root), seed=seed, epochs=2))
+    assert equal(last_weights(roots[0]), last_weights(roots[1]))
+    assert equal(weights(roots[0]), weights(roots[1]))
+    assert rows_of(roots[0]) == rows_of(roots[1])
+    assert not equal(last_weights(roots[0]), last_weights(roots[2]))
+    assert rows_of(roots[0]) != rows_of(roots[2])
+
+
+def test_workers_change_nothing(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / str(workers)), num_workers=workers, n_valid=2))
+    assert equal(last_weights(tmp_path / "0"), last_weights(tmp_path / "2"))
+    assert rows_of(tmp_path / "0") == rows_of(tmp_path / "2")
+
+
+# ---- resume
+
+
+class PowerCut(RuntimeError):
+    pass
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The run breaks off at the end of this step."""
+    original = engine.Progress.on_train_batch_end
+
+    def broken(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx + 1 == step:
+            raise PowerCut
+        original(self, trainer, module, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(engine.Progress, "on_train_batch_end", broken)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cola: Path, vocab: Path) -> tuple[Path, dict]:
+    """18 steps with dropout, five validations, log intervals that validations fall into."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = {
+        "dataset": "CoLA", "data_dir": str(cola), "tokenizer_path": str(vocab), "output_dir": str(folder / "processed"),
+        "epochs": 3, "train_bsz": 4, "valid_bsz": 3, "lr": 3e-2, "device_id": -1, "n_valid": 5, "n_log_epoch": 1,
+        "dropatt": 0.3, **MODEL,
+    }  # fmt: skip
+    classify(**flags, model_dir=str(folder / "run"))
+    return folder / "run", flags
+
+
+def assert_same_run(root: Path, whole: Path) -> None:
+    assert equal(last_weights(root), last_weights(whole))
+    assert equal(weights(root), weights(whole))
+    assert rows_of(root) == rows_of(whole)
+    one, other = (json.loads((r / "results.json").read_text(encoding="utf-8")) for r in (root, whole))
+    for key in ("valid", "best_step", "steps", "parameters"):
+        assert one[key] == other[key]
+
+
+@pytest.mark.parametrize("step", [5, 8, 14, 18])
+def test_resumed_equals_uninterrupted(
+    step: int, uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_at(patch, step)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(root))
+    assert (root / "checkpoints" / "last.ckpt").is_file()
+    assert not (root / "results.json").exists()
+    torch.rand(5)
+    classify(model_dir=str(root), resume=True)  # the folder says the rest
+    assert_same_run(root, whole)
+
+
+def test_resumed_twice_with_workers(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    for step, resume in ((6, False), (12, True)):
+        with monkeypatch.context() as patch:
+            cut_at(patch, step)
+            with pytest.raises(PowerCut):
+                classify(**flags, model_dir=str(root), resume=resume, num_workers=2)
+    classify(**flags, model_dir=str(root), resume=True, num_workers=1)
+    assert_same_run(root, whole)
+
+
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted: tuple[Path, dict], tmp_path: Path) -> None:
+    """SIGKILL at some moment after the first checkpoint: in a step, in a validation, in a write."""
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    words = [f"--{name}={value}" for name, value in flags.items()] + [f"--model_dir={root}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from funneltfm.cli.main import main; sys.exit(main(sys.argv[1:]))"]
+        + ["classify", *words],
+        env=environment, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (root / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    classify(**flags, model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+
+
+def test_resuming_a_finished_run_does_no_harm(uninterrupted: tuple[Path, dict]) -> None:
+    whole, _ = uninterrupted
+    before = weights(whole), last_weights(whole), rows_of(whole, speed=True)
+    results = json.loads((whole / "results.json").read_text(encoding="utf-8"))
+    again = classify(model_dir=str(whole), resume=True)
+    assert equal(before[0], weights(whole))
+    assert equal(before[1], last_weights(whole))
+    assert before[2] == rows_of(whole, speed=True)
+    assert again == results
+
+
+def test_resuming_with_other_settings_is_refused(uninterrupted: tuple[Path, dict]) -> None:
+    whole, flags = uninterrupted
+    config = (whole / "config.yaml").read_bytes()
+    for name, value in (("lr", 1e-3), ("epochs", 4), ("train_bsz", 8), ("seed", 1), ("d_inner", 32), ("n_valid", 3)):
+        with pytest.raises(InputError, match=rf"started with --{name}=.*--{name}={value}"):
+            classify(**(flags | {name: value}), model_dir=str(whole), resume=True)
+    assert (whole / "config.yaml").read_bytes() == config
+
+
+def test_nothing_to_resume(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to resume.*last.ckpt") as caught:
+        classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "none")), resume=True)
+    assert str(tmp_path / "none") in str(caught.value)
+    assert not (tmp_path / "none").exists()  # a mistyped name leaves no trace
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 half a zip"])
+def test_a_damaged_last_checkpoint_is_named(
+    content: bytes, uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, flags = uninterrupted
+    root = tmp_path / "run"
+    cut_at(monkeypatch, 8)
+    with pytest.raises(PowerCut):
+        classify(**flags, model_dir=str(root))
+    (root / "checkpoints" / "last.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=r"last\.ckpt"):
+        classify(**flags, model_dir=str(root), resume=True)
+
+
+# ---- a run that is there already
+
+
+def test_a_run_is_not_overwritten_by_accident(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    settings = flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), n_valid=1)
+    classify(**settings)
+    before = weights(tmp_path / "run")
+    with pytest.raises(InputError, match="already holds a run"):
+        classify(**settings)
+    assert equal(before, weights(tmp_path / "run"))
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    classify(**settings, overwrite=True, seed=1)
+    assert not equal(before, weights(tmp_path / "run"))
+    assert (tmp_path / "run" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("mistake", [{"d_model": 7}, {"model_size": "H5"}, {"init_ckpt": "none.pt"}], ids=str)
+def test_overwrite_removes_nothing_before_the_new_run_can_start(
+    mistake: dict, cola: Path, flags: Callable, tmp_path: Path
+) -> None:
+    settings = flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), n_valid=1)
+    classify(**settings)
+    before = weights(tmp_path / "run")
+    with pytest.raises(InputError):
+        classify(**(settings | {"overwrite": True} | mistake))
+    assert equal(before, weights(tmp_path / "run"))
+
+
+def test_overwrite_may_start_from_the_run_that_it_replaces(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    settings = flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), n_valid=1)
+    classify(**settings)
+    best = tmp_path / "run" / "best"
+    more = {"init_ckpt": str(best / "model.pt"), "tokenizer_path": str(best / "vocab.txt"), "overwrite": True}
+    assert classify(**(settings | more))["steps"] == 6
+
+
+def test_the_default_folder_counts_up(
+    cola: Path, flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        classify(**flags(data_dir=str(cola), n_valid=1))
+        assert (tmp_path / f"exp/CoLA/run_{number}/results.json").is_file()
+
+
+# ---- test only
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cola: Path, vocab: Path) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("trained")
+    flags = {
+        "dataset": "CoLA", "data_dir": str(cola), "tokenizer_path": str(vocab), "output_dir": str(folder / "processed"),
+        "epochs": 2, "train_bsz": 4, "lr": 1e-2, "device_id": -1, "n_valid": 2, **MODEL,
+    }  # fmt: skip
+    classify(**flags, model_dir=str(folder / "run"))
+    return folder / "run", flags
+
+
+def test_test_only_from_the_folder_alone(trained: tuple[Path, dict]) -> None:
+    root, _ = trained
+    before = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    files = {name: (root / name).read_bytes() for name in ("metrics.csv", "config.yaml", "best/model.pt")}
+    results = classify(model_dir=str(root), test_only=True, write_prediction=True)
+    assert results["valid"] == pytest.approx(before["valid"])
+    after = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    assert after["best_step"] == before["best_step"]  # what training wrote is still there
+    assert after["train_seconds"] == before["train_seconds"]
+    assert {name: (root / name).read_bytes() for name in files} == files
+    assert (root / "predictions" / "CoLA.tsv").is_file()
+
+
+def test_test_only_from_a_checkpoint(trained: tuple[Path, dict], tmp_path: Path) -> None:
+    root, flags = trained
+    before = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    more = {"init_ckpt": str(root / "best" / "model.pt"), "model_dir": str(tmp_path / "out"), "test_only": True}
+    results = classify(**flags, **more)
+    assert results["valid"] == pytest.approx(before["valid"])
+    assert "best_step" not in results
+    assert not (tmp_path / "out" / "best").exists()
+    for name in ("metrics.csv", "checkpoints"):
+        assert not (tmp_path / "out" / name).exists()
+
+
+def test_test_only_of_a_checkpoint_leaves_other_runs_alone(
+    trained: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without model_dir its results are not put into the newest run, which is another model's."""
+    root, flags = trained
+    monkeypatch.chdir(tmp_path)
+    classify(**(flags | {"seed": 3}))
+    before = (tmp_path / "exp/CoLA/run_1/results.json").read_bytes()
+    classify(**flags, init_ckpt=str(root / "best" / "model.pt"), test_only=True)
+    assert (tmp_path / "exp/CoLA/run_1/results.json").read_bytes() == before
+
+
+def test_test_only_without_a_model(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--test_only needs a trained model.*--init_ckpt.*--model_dir"):
+        classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "none")), test_only=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_test_only_on_other_classes_is_refused(trained: tuple[Path, dict], flags: Callable, tmp_path: Path) -> None:
+    """As many classes, but other ones: the numbers would be nonsense."""
+    root, _ = trained
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(
+            '{"text_a": "a dog", "label": "no"}\n{"text_a": "a cat", "label": "yes"}\n', encoding="utf-8"
+        )
+    more = {"init_ckpt": str(root / "best" / "model.pt"), "model_dir": str(tmp_path / "out"), "test_only": True}
+    with pytest.raises(InputError, match="trained for the classes 0, 1, but .* has no, yes"):
+        classify(**flags(dataset="custom", data_dir=str(tmp_path)), **more)
+
+
+def test_a_model_that_gives_no_numbers_is_named(trained: tuple[Path, dict], tmp_path: Path) -> None:
+    root, flags = trained
+    state = weights(root)
+    state["cls_head.3.bias"].fill_(float("nan"))
+    torch.save(state, tmp_path / "model.pt")
+    (tmp_path / "net_config.json").write_bytes((root / "best" / "net_config.json").read_bytes())
+    with pytest.raises(InputError, match="not finite"):
+        classify(**flags, init_ckpt=str(tmp_path / "model.pt"), model_dir=str(tmp_path / "out"), test_only=True)
+
+
+# ---- finetuning
+
+
+def test_finetuning_with_another_number_of_classes_has_a_new_head(
+    trained: tuple[Path, dict], flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = trained
+    before = weights(root)
+    started: dict[str, torch.Tensor] = {}
+    original = engine.make_model
+
+    def caught(*args):
+        model = original(*args)
+        started.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(engine, "make_model", caught)
+    (tmp_path / "data").mkdir()
+    settings = flags(**custom_jsonl(tmp_path / "data"), data_dir=str(tmp_path / "data"))
+    for name in MODEL:  # the config beside the checkpoint says it all
+        settings.pop(name)
+    classify(**settings, model_dir=str(tmp_path / "run"), init_ckpt=str(root / "best" / "model.pt"))
+    new = {name for name in started if not torch.equal(started[name], before[name])} if started else set()
+    assert new == {"cls_head.3.weight", "cls_head.3.bias"} or new == {"cls_head.3.weight"}
+    assert started["cls_head.3.weight"].shape == (8, 3)
+    config = ModelConfig.init_from_json(tmp_path / "run" / "best" / "net_config.json")
+    assert (config.num_class, config.d_model, config.block_size) == (3, 8, "1_1")
+    assert json.loads((tmp_path / "run" / "best" / "labels.json").read_text(encoding="utf-8")) == [
+        "not good", "so so", "very good",
+    ]  # fmt: skip
+
+
+def test_overwrite_keys(
+    trained: tuple[Path, dict], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, flags = trained
+    more = {"init_ckpt": str(root / "best" / "model.pt"), "dropout": 0.4, "dropatt": 0.3, "overwrite_keys": "dropout"}
+    classify(**flags, **more, model_dir=str(tmp_path / "run"))
+    config = ModelConfig.init_from_json(tmp_path / "run" / "best" / "net_config.json")
+    assert (config.dropout, config.dropatt) == (0.4, 0.1)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert "--dropatt=0.3 is not used" in warned[0]
+    assert "--overwrite_keys=dropatt" in warned[0]
+    with pytest.raises(InputError, match="overwrite_keys names dropuot"):
+        classify(**flags, **(more | {"overwrite_keys": "dropuot"}), model_dir=str(tmp_path / "other"))
+
+
+@pytest.mark.skipif(not FIXTURE.is_dir(), reason="the fixtures are not there")
+def test_starting_from_the_originals_checkpoint(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    """Weights that the original's converter wrote, with the config that it wrote beside them."""
+    pieces = ["<pad>", "<unk>", "<cls>", "<sep>", *WORDS]
+    pieces += [f"[unused{i}]" for i in range(97 - len(pieces))]
+    (tmp_path / "vocab97.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+    settings = flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), n_valid=1, lr=1e-9, weight_decay=0.0)
+    for name in MODEL:
+        settings.pop(name)
+    more = {
+        "init_ckpt": str(FIXTURE / "converted.pt"), "init_ckpt_config": str(FIXTURE / "net_config.pytorch.json"),
+        "tokenizer_path": str(tmp_path / "vocab97.txt"), "truncate_seq": True,
+    }  # fmt: skip
+    classify(**(settings | more))
+    original = torch.load(FIXTURE / "converted.pt", map_location="cpu", weights_only=True)
+    tuned = weights(tmp_path / "run")
+    assert {name for name in original if not name.startswith("cls_head")} <= set(tuned)
+    for name, tensor in original.items():
+        if not name.startswith("cls_head"):
+            torch.testing.assert_close(tuned[name], tensor, atol=1e-6, rtol=0)
+    assert ModelConfig.init_from_json(tmp_path / "run" / "best" / "net_config.json").truncate_seq
+    with pytest.raises(InputError, match="vocabulary does not match"):
+        classify(**(settings | more | {"tokenizer_path": settings["tokenizer_path"], "model_dir": str(tmp_path / "b")}))
+
+
+# ---- learning
+
+
+def test_it_learns(flags: Callable, tmp_path: Path) -> None:
+    """One word decides: after a few epochs the dev set is right."""
+    for name, n, seed in (("train", 200, 1), ("dev", 60, 2)):
+        rows = [f"x\t{int('good' in text.split())}\t\t{text}\n" for text in sentences(n, seed)]
+        (tmp_path / f"{name}.tsv").write_text("".join(rows), encoding="utf-8")
+    results = classify(
+        **flags(data_dir=str(tmp_path), model_dir=str(tmp_path / "run"), epochs=8, train_bsz=8, n_valid=4, lr=5e-3)
+    )
+    assert results["valid"]["accuracy"] > 0.95
+
+
+def test_a_loss_that_is_not_finite_is_an_error(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not finite.*lower --lr"):
+        classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), lr=1e38, clip=0.0, epochs=3))
+
+
+def test_one_class_alone_is_refused(flags: Callable, tmp_path: Path) -> None:
+    """Custom data whose labels are all the same: there is nothing to learn, most likely the wrong column."""
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text_a": "a dog", "label": "no"}\n' * 4, encoding="utf-8")
+    with pytest.raises(InputError, match="label"):
+        classify(**flags(dataset="custom", data_dir=str(tmp_path), model_dir=str(tmp_path / "run")))
