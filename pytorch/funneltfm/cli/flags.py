@@ -20,29 +20,35 @@ class FlagParser(ArgumentParser):
     given after it win.
     """
 
-    def __init__(self, groups: Sequence[Group], **kwargs: Any):
-        super().__init__(default_env=False, usage=f"{kwargs['prog']} [flags]", **kwargs)
-        self.add_argument("--config", action="config", help="YAML file of flags; those on the command line win.")
+    def __init__(self, groups: Sequence[Group], config_file: bool = True, **kwargs: Any):
+        super().__init__(default_env=False, **({"usage": f"{kwargs['prog']} [flags]"} | kwargs))
+        if config_file:
+            self.add_argument("--config", action="config", help="YAML file of flags; those on the command line win.")
         self.flag_names: list[str] = []
+        self.switches: set[str] = set()  # bool flags; written alone they take no value from the next word
         for title, cls, skip in groups:
             group = self.add_argument_group(title)
             docs = attribute_docs(cls)
             for field in dataclasses.fields(cls):
                 if field.name in skip:
                     continue
-                self.flag_names.append(field.name)
+                name = field.name.rstrip("_")  # from_: a field's name must not be a keyword
+                self.flag_names.append(name)
                 extra: dict[str, Any] = {"default": field.default, "help": docs[field.name]}
                 if field.type is bool:
                     extra |= {"action": ActionYesNo(no_prefix="no_"), "nargs": "?"}
+                    self.switches |= {f"--{name}", f"--no_{name}"}
                 elif get_origin(field.type) is not None and not _optional(field.type):
                     extra["choices"] = list(get_args(field.type))
                 else:
                     extra["type"] = field.type
-                group.add_argument(f"--{field.name}", **extra)
+                group.add_argument(f"--{name}", **extra)
 
     def parse(self, argv: Sequence[str]) -> tuple[Namespace, frozenset[str]]:
         """All flags, and the names of those that were given (on the command line or in a config file)."""
-        argv = _config_first(argv)
+        followed = zip(argv, [*argv[1:], ""], strict=True)
+        alone = [word in self.switches and after not in ("true", "false", "yes", "no") for word, after in followed]
+        argv = _config_first([f"{word}=true" if is_alone else word for word, is_alone in zip(argv, alone, strict=True)])
         flags = self.parse_args(argv)
         given = self.parse_args(argv, defaults=False)
         return flags, frozenset(name for name in self.flag_names if name in given)

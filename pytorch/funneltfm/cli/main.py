@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from funneltfm.errors import InputError
 
-VERBS = {"classify": "finetune a Funnel-Transformer on text classification"}
+VERBS = {
+    "classify": "finetune a Funnel-Transformer on text classification",
+    "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: funneltfm VERB [flags]\n\nverbs (`funneltfm VERB --help` lists the flags):")
-        print("\n".join(f"  {verb:12}{what}" for verb, what in VERBS.items()))
+        print("\n".join(f"  {verb:14}{what}" for verb, what in VERBS.items()))
         return 0 if argv else 2
     if argv[0] == "--version":
         from funneltfm import __version__
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _log_to_terminal()
     try:
-        importlib.import_module(f"funneltfm.cli.{verb}").main(rest)
+        importlib.import_module(f"funneltfm.cli.{verb.replace('-', '_')}").main(rest)
     except (InputError, OSError) as error:
         if "--debug" in rest:
             raise

@@ -28,6 +28,7 @@ from funneltfm.funnel import convert
 from funneltfm.funnel.checkpoints import read_state
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.convert import Parts
+from funneltfm.funnel.model import FunnelTFM
 
 CONFIG_NAMES = ("net_config.json", "net_config.pytorch.json")
 
@@ -289,6 +290,34 @@ def convert_checkpoint(
         os.replace(fresh, target)
     report.append(f"{target} ({to}): {_describe(parts)}; read back, every tensor bit-equal")
     return parts, report
+
+
+def verify(parts: Parts, hf_folder: Path, length: int = 33) -> float:
+    """The largest difference between transformers' model of a folder and ours of `parts`, on random input without
+    padding.
+
+    Raises InputError above 1e-4 of the hidden states' unit scale.
+    """
+    try:
+        from transformers import FunnelBaseModel, FunnelModel
+    except ImportError as error:
+        raise InputError("--verify runs transformers' model: pip install 'funneltfm[hf]'.") from error
+    use_decoder = parts.config.decoder[0] > 0
+    theirs = (FunnelModel if use_decoder else FunnelBaseModel).from_pretrained(hf_folder, dtype=torch.float32).eval()
+    ours = FunnelTFM(parts.config, cls_target=False).eval()
+    ours.load_state_dict(parts.core)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(parts.config.vocab_size, (2, length), generator=generator)
+    seg_id = (torch.arange(length) >= length // 2).long().expand(2, length).clone()
+    seg_id[:, 0] = parts.config.seg_id_cls
+    with torch.no_grad():
+        expected = theirs(input_ids=inputs, attention_mask=torch.ones_like(inputs), token_type_ids=seg_id)
+        mask = torch.zeros_like(inputs)
+        hiddens, _ = ours.extract_hiddens(inputs, seg_id=seg_id, input_mask=mask, use_decoder=use_decoder)
+    difference = (hiddens[-1] - expected.last_hidden_state).abs().max().item()
+    if not difference < 1e-4:
+        raise InputError(f"{hf_folder} in transformers differs from the converted model by {difference:.1e}.")
+    return difference
 
 
 def _check_written(parts: Parts, again: Parts) -> None:
