@@ -6,10 +6,9 @@ It writes train.jsonl, valid.jsonl, test.jsonl (keys text_a, label) and vocab.tx
 The same seed writes the same bytes.
 
 Half of the reviews hold one praising and one blaming word: what somebody expected, heard or saw at first, and what
-the author
-found. Which of the two counts is said by the sentence's structure alone ("we expected X, but it was Y", "it was Y,
-although it looked X", with or without "not"), so the words without their order say nothing. The rest are plain ("the
-soup was not bland") and teach what the words mean.
+the author found. Which of the two counts is said by the sentence's structure alone ("we expected X, but it was Y",
+"it was Y, although it looked X", with or without "not"), so the words without their order say nothing. The rest are
+plain ("the soup was not bland") and teach what the words mean.
 """
 
 import argparse

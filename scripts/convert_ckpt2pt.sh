@@ -18,4 +18,4 @@ if [ -z "${FUNNELTFM_TF_PYTHON:-}" ]; then
     bash "$ROOT/scripts/setup_tf.sh"
     export FUNNELTFM_TF_PYTHON=$ROOT/.venv-tf/bin/python
 fi
-exec "$ROOT/.venv/bin/python" -m funneltfm.cli.main convert-ckpt --from=tf --to=pt "$TF_dir" "$PT_dir" "$@"
+exec "$ROOT/.venv/bin/funneltfm" convert-ckpt --from=tf --to=pt "$TF_dir" "$PT_dir" "$@"

@@ -35,7 +35,6 @@ PLACES = (
     "scripts/classifier.sh",
     "tensorflow/README.md",
     "docs/architecture.md",
-    "benchmarks",
     ".ci/run",
     "pytorch/modeling.py",
     "pytorch/classifier.py",
@@ -109,7 +108,7 @@ def test_module_says_what_it_is(path):
 
 
 def test_sources_are_ascii():
-    for path in sources("pytorch", "scripts", "data-scripts", "benchmarks", "tensorflow", "tests"):
+    for path in sources("pytorch", "scripts", "data-scripts", "tensorflow", "tests"):
         data = path.read_bytes()
         line = next((n for n, text in enumerate(data.splitlines(), start=1) if not text.isascii()), None)
         assert line is None, f"{path}:{line} is not ASCII"

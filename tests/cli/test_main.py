@@ -101,7 +101,7 @@ def test_verbs(capsys: pytest.CaptureFixture) -> None:
 
 # ---- mistakes
 
-WORDS = "a bad cat dog good man not old red the was we".split()
+WORDS = ("a", "bad", "cat", "dog", "good", "man", "not", "old", "red", "the", "was", "we")
 MODEL = {"block_size": "1_1", "d_embed": 8, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16}
 
 
@@ -222,7 +222,9 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, object], list[str]]]
         {"init_ckpt": "ckpt/model.pt", "tokenizer_path": "vocab2.txt"},
         ["vocabulary does not match", "vocab2.txt has 5", "16"],
     ),
-    "vocabulary without [CLS]": ({"vocab2.txt": "[PAD]\n[UNK]\na\n"}, {"tokenizer_path": "vocab2.txt"}, ["cls", "[CLS]"]),
+    "vocabulary without [CLS]": (
+        {"vocab2.txt": "[PAD]\n[UNK]\na\n"}, {"tokenizer_path": "vocab2.txt"}, ["vocab2.txt", "[CLS]"]
+    ),
     "no such model size": ({}, {"model_size": "H512"}, ["model_size", "H768", "H512"]),
     "bad block_size": ({}, {"block_size": "4-4"}, ["block_size", "4_4_4", "4-4"]),
     "odd d_model": ({}, {"d_model": 7}, ["d_model", "even", "7"]),
@@ -231,7 +233,9 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, object], list[str]]]
     ),
     "missing yaml": ({}, {"config": "none.yaml"}, ["none.yaml"]),
     "bad yaml": ({"flags.yaml": "lr: [1\n"}, {"config": "flags.yaml"}, ["flags.yaml"]),
-    "unknown key in yaml": ({"flags.yaml": "learning_rte: 1\n"}, {"config": "flags.yaml"}, ["learning_rte", "flags.yaml"]),
+    "unknown key in yaml": (
+        {"flags.yaml": "learning_rte: 1\n"}, {"config": "flags.yaml"}, ["learning_rte", "flags.yaml"]
+    ),
     "no such gpu": ({}, {"device_id": 99}, ["device_id", "99", "-1"]),
     "half precision": ({}, {"fp16": "true"}, ["O2", "--amp_opt=O1"]),
     "half precision on a cpu": ({}, {"fp16": "true", "amp_opt": "O1"}, ["--fp16", "CUDA", "cpu"]),

@@ -271,5 +271,3 @@ def test_eval_loader_covers_everything_once(batch_size: int) -> None:
     assert lengths.tolist() == split.lengths[order.numpy()].tolist()
     again = torch.cat([batch["index"] for batch in eval_loader(split, Collator(CONFIG), batch_size)])
     assert torch.equal(order, again)
-
-

@@ -19,7 +19,7 @@ from funneltfm.data.readers import Example, custom_dataset
 from funneltfm.data.tokenization import get_tokenizer
 from funneltfm.errors import InputError
 
-WORDS = "a bad cat dog good man old red the was yes Zoo".split()
+WORDS = ("a", "bad", "cat", "dog", "good", "man", "old", "red", "the", "was", "yes", "Zoo")
 
 
 @pytest.fixture
@@ -150,9 +150,7 @@ def test_labels_may_be_absent_or_numbers_but_not_half(vocab: Path) -> None:
     assert numbers.labels.dtype == np.float64
     assert numbers.labels.tolist() == [4.25]
     with pytest.raises(InputError, match="1 of 2"):
-        encode_examples(
-            [Example("0", "a", None, "no"), Example("1", "a")], ("no", "yes"), tokenizer, EncodingConfig()
-        )
+        encode_examples([Example("0", "a", None, "no"), Example("1", "a")], ("no", "yes"), tokenizer, EncodingConfig())
 
 
 # ---- the cache
@@ -341,8 +339,9 @@ def test_any_flipped_byte_is_harmless(load: Loader, reads: list[str]) -> None:
     content = path.read_bytes()
     rng = random.Random(0)
     for position in rng.sample(range(len(content)), 120):
-        path.write_bytes(content[:position] + bytes([content[position] ^ (1 << rng.randrange(8))]) +
-        content[position + 1 :])
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ (1 << rng.randrange(8))]) + content[position + 1 :]
+        )
         assert same(good, load()), position
 
 

@@ -68,9 +68,11 @@ def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lr", 1e-12), ("warmup_prop", 0.0), ("warmup_prop", 1.0), ("clip", 0.0), ("max_length", 5), ("device_id", -1)]
-    + [("seed", 0), ("seed", 2**32 - 1), ("min_lr", 1e-5), ("weight_decay", 0.0), ("num_workers", 0)],
-)
+    [
+        ("lr", 1e-12), ("warmup_prop", 0.0), ("warmup_prop", 1.0), ("clip", 0.0), ("max_length", 5), ("device_id", -1),
+        ("seed", 0), ("seed", 2**32 - 1), ("min_lr", 1e-5), ("weight_decay", 0.0), ("num_workers", 0),
+    ],
+)  # fmt: skip
 def test_the_ends_of_the_ranges_are_fine(name: str, value: float) -> None:
     assert getattr(make_args(**{name: value}), name) == value
 

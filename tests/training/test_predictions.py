@@ -48,9 +48,7 @@ def test_submission(tmp_path: Path, split: str, name: str) -> None:
 
 def test_binary_labels_are_as_the_files_write_them(tmp_path: Path) -> None:
     logits = np.array([[0, 1], [1, 0]], np.float32)
-    paths = write_predictions(
-        Classification(DATASETS["CoLA"]), "test", split_of(["0", "1"], None), logits, tmp_path
-    )
+    paths = write_predictions(Classification(DATASETS["CoLA"]), "test", split_of(["0", "1"], None), logits, tmp_path)
     assert paths[1].name == "CoLA.tsv"
     assert paths[1].read_text(encoding="utf-8") == "index\tprediction\n0\t1\n1\t0\n"
 

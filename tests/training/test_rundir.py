@@ -65,7 +65,7 @@ def test_a_new_or_empty_folder(tmp_path: Path) -> None:
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
     fill(tmp_path / "run", name)
     assert RunDir(tmp_path / "run").exists()
-    with pytest.raises(InputError, match="already holds a run.*--resume.*--overwrite.*another --model_dir") as caught:
+    with pytest.raises(InputError, match=r"already holds a run.*--resume.*--overwrite.*another --model_dir") as caught:
         find(tmp_path / "run")
     assert str(tmp_path / "run") in str(caught.value)
     assert (tmp_path / "run" / name).read_text(encoding="utf-8") == "precious"

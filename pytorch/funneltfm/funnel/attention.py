@@ -91,9 +91,9 @@ ATTN_TYPES = {
 class RelMultiheadAttention(nn.Module):
     """Multi-head attention with content, position and segment terms, then a residual connection and a LayerNorm.
 
-    score(i, j) = (q_i + r_w_bias) . k_j + (q_i + r_r_bias) . r[distance(i, j)] + (q_i + r_s_bias) .
-    seg_embed[same(i, j)],
-    with q and the three biases scaled by 1 / sqrt(H).
+    score(i, j) = (q_i + r_w_bias) . k_j  +  (q_i + r_r_bias) . r[distance(i, j)]  +  (q_i + r_s_bias) .
+    seg_embed[same],
+    with q and the three biases scaled by 1 / sqrt(H), and same = 1 where i and j are of one segment, else 0.
     """
 
     def __init__(self, d_model: int, n_head: int, d_head: int, dropout: float, dropatt: float, attn_type: str):

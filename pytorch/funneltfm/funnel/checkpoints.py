@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from funneltfm.files import atomic_path, existing_file
 
 log = logging.getLogger(__name__)
 
+_LAYER = re.compile(r"(?:attn|pffn)_layers\.(\d+)\.")
 _HEAD = re.compile(r"cls_head\.")
 
 
@@ -23,31 +23,43 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = existing_file(path, "the checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
         raise InputError(
-            f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0][:200]}). Expected a state dict "
-            f"saved by torch.save, "
-            f"such as model.pt of a published archive; a file that was cut short must be downloaded or copied again."
+            f"{path} is not a checkpoint of tensors ({_first_line(error)}). Expected a state dict saved by "
+            "torch.save, such as model.pt of a published archive; a file that was cut short must be downloaded or "
+            "copied again."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise InputError(
             f"{path} must hold a state dict (names to tensors); it holds a {type(state).__name__} with other values."
         )
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], new_head: bool = False) -> list[str]:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], new_head: bool = False, decoder_layers: int = 0
+) -> list[str]:
     """Load a checkpoint into `model`; every tensor must find its place.
 
-    new_head: the classification head may be absent from the checkpoint, or have another number of classes; what
-    does not fit
-        keeps its fresh initialisation.
+    new_head: the classification head may be absent from the checkpoint, or have another number of classes; what does
+        not fit keeps its fresh initialisation.
+    decoder_layers: how many layers beyond the model's own the checkpoint may hold; a classifier leaves them out.
     Returns the names of parameters that were not loaded. Raises InputError for anything else that is missing,
-    unexpected or of
-    another shape, naming it.
+    unexpected or of another shape, naming it.
     """
     state = read_state(path)
     own = model.state_dict()
+    n_layer = 1 + max((int(match[1]) for name in own if (match := _LAYER.match(name))), default=-1)
+    for name in [
+        name for name in state if (match := _LAYER.match(name)) and 0 <= int(match[1]) - n_layer < decoder_layers
+    ]:
+        del state[name]
     if new_head:
         for name in [name for name in state if _HEAD.match(name)]:
             if name not in own or state[name].shape != own[name].shape:
@@ -75,8 +87,7 @@ def _explain(
         return (
             f"the vocabulary does not match the checkpoint: {path} has embeddings of {state[table].shape[0]} pieces, "
             f"the model is built for {own[table].shape[0]}. Give the vocabulary (--tokenizer_path) and the config "
-            f"(--init_ckpt_config) that "
-            f"belong to the checkpoint."
+            "(--init_ckpt_config) that belong to the checkpoint."
         )
     parts = []
     if shapes:

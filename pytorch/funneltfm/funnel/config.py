@@ -40,7 +40,7 @@ def model_size(name: str) -> dict[str, Any]:
     >>> model_size("B6-3x2-3x2H768")["block_size"]
     '6_3x2_3x2'
     """
-    match = re.fullmatch(r"(?:B(?P<blocks>\d+(?:x\d+)?(?:-\d+(?:x\d+)?)*))?(?P<width>H\d+)", name)
+    match = re.fullmatch(r"(?:B(?P<blocks>[1-9]\d*(?:x[1-9]\d*)?(?:-[1-9]\d*(?:x[1-9]\d*)?)*))?(?P<width>H\d+)", name)
     if match is None or match["width"] not in WIDTHS:
         raise InputError(
             f"model_size must be one of {', '.join(WIDTHS)}, alone or after blocks as in "
@@ -52,7 +52,7 @@ def model_size(name: str) -> dict[str, Any]:
     return keys
 
 
-def parse_blocks(block_size: str) -> tuple[tuple[int, int], ...]:
+def parse_blocks(block_size: str, key: str = "block_size") -> tuple[tuple[int, int], ...]:
     """`"6_3x2"` -> `((6, 1), (3, 2))`: a block of 6 layers, then one of 3 layers each applied twice in a row.
 
     `"0"` and `""` are no blocks at all (a model without a decoder).
@@ -64,7 +64,7 @@ def parse_blocks(block_size: str) -> tuple[tuple[int, int], ...]:
         match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part)
         if match is None:
             raise InputError(
-                f"block_size must be numbers of layers joined by '_', each with repeats if wanted, "
+                f"{key} must be numbers of layers joined by '_', each with repeats if wanted, "
                 f"as in '4_4_4' or '6_3x2_3x2'; got {block_size!r}."
             )
         blocks.append((int(match[1]), int(match[2] or 1)))
@@ -128,8 +128,10 @@ class ModelConfig:
             raise InputError(f"d_model must be even, since positions are pairs of sine and cosine; got {self.d_model}.")
         if not self.blocks:
             raise InputError(f"block_size must name at least one block, as in '4_4_4'; got {self.block_size!r}.")
-        if len(parse_blocks(self.decoder_size)) > 1:
+        if len(parse_blocks(self.decoder_size, "decoder_size")) > 1:
             raise InputError(f"decoder_size must be one block, as in '2' or '1x2', or '0'; got {self.decoder_size!r}.")
+        if self.pad_id >= self.vocab_size:
+            raise InputError(f"pad_id must be an id of the vocabulary, below {self.vocab_size}; got {self.pad_id}.")
         if self.pooling_size < 2:
             raise InputError(f"pooling_size must be at least 2; got {self.pooling_size}.")
 
@@ -155,7 +157,7 @@ class ModelConfig:
         path = Path(path)
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"cannot read the model config {path}: {error}. It should be the JSON file saved beside the checkpoint."
             ) from error
@@ -163,6 +165,8 @@ class ModelConfig:
             raise InputError(
                 f"the model config {path} must be a JSON object of keys and values, got {type(saved).__name__}."
             )
+        if twice := sorted(key for key, ours in _ALIASES.items() if key in saved and ours in saved):
+            raise InputError(f"the model config {path} has both {twice[0]} and {_ALIASES[twice[0]]}; keep one.")
         saved = {_ALIASES.get(key, key): value for key, value in saved.items() if key not in _IGNORED_KEYS}
         names = cls.names()
         if unknown := sorted(set(saved) - set(names)):
@@ -176,7 +180,7 @@ class ModelConfig:
                 f"overwrite_keys names {', '.join(unknown)}, which is no key of the model; the keys are "
                 f"{', '.join(names)}."
             )
-        given = {} if args is None else {name: getattr(args, name) for name in names if hasattr(args, name)}
+        given = cls._keys_of(args)
         if missing := sorted(set(overwrite) - set(given)):
             raise InputError(f"overwrite_keys names {', '.join(missing)}, but args does not hold it.")
         keys = given | saved | {key: given[key] for key in overwrite}
@@ -190,10 +194,13 @@ class ModelConfig:
         """Take every config key that `args` has as an attribute; `args.model_size`, where set, gives the widths
         (and blocks).
         """
+        return cls(**cls._keys_of(args))
+
+    @classmethod
+    def _keys_of(cls, args: Any) -> dict[str, Any]:
         keys = {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}
-        if size := getattr(args, "model_size", None):
-            keys |= model_size(size)
-        return cls(**keys)
+        size = getattr(args, "model_size", None)
+        return keys | model_size(size) if size else keys
 
     @classmethod
     def from_size(cls, name: str, **keys: Any) -> "ModelConfig":
@@ -217,7 +224,7 @@ class ModelConfig:
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
-    """`value` if it fits the field's type and range; lists from JSON of numbers for block_size become text."""
+    """`value` if it fits the field's type and range; a number for a block size becomes text."""
     if choices := get_args(kind):
         if value not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
@@ -249,12 +256,12 @@ def canonical_length(n: int, config: ModelConfig) -> int:
     """The shortest padded length at which a sequence of `n` tokens has its final hidden states.
 
     Pooling mixes the last real token with its neighbour, which may be padding, or missing. Padded to this length
-    every window
-    that holds a real token is complete, at every block, so more padding changes nothing: a sentence gets the same
-    result alone and in any batch. For 3 blocks and pooling_size 2 with separate_cls: the next 4k+1, or with
-    truncate_seq
-    the next 4k+3 that is at least n+2; without separate_cls the next 4k.
+    every window that holds a real token is complete, at every block, so more padding changes nothing: a sentence gets
+    the same result alone and in any batch. For 3 blocks and pooling_size 2 with separate_cls: the next 4k+1, or with
+    truncate_seq the next 4k+3 that is at least n+2; without separate_cls the next 4k.
     """
+    if n < 1:
+        raise InputError(f"a sequence has at least one token; got n = {n}.")
     size = config.pooling_size
     n_pool = len(config.blocks) - 1
     if not config.separate_cls:

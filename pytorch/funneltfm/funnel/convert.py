@@ -5,8 +5,7 @@
     hf   the Funnel model of `transformers`: `encoder.blocks.0.0.attention.q_head.weight`
 
 A checkpoint is a `Parts`: the config, the tensors of the FunnelTFM, those of heads by head, and for ELECTRA the
-generator,
-a Parts of its own. Every tensor is accounted for: taken, or named in `left`.
+generator, a Parts of its own. Every tensor is accounted for: taken, or named in `left`.
 """
 
 import dataclasses
@@ -164,8 +163,7 @@ def from_tf(variables: dict[str, Tensor], config: ModelConfig) -> Parts:
     if unknown := sorted(set(variables) - used):
         raise InputError(
             f"the TensorFlow checkpoint holds {len(unknown)} variables that belong to no known part (first "
-            f"{unknown[0]}). "
-            f"Is it a Funnel-Transformer, and is net_config.json its config?"
+            f"{unknown[0]}). Is it a Funnel-Transformer, and is net_config.json its config?"
         )
     parts.left = left
     return parts
@@ -183,8 +181,7 @@ def _from_tf_scope(variables: dict[str, Tensor], config: ModelConfig, scope: str
         if theirs not in variables:
             raise InputError(
                 f"the TensorFlow checkpoint lacks {theirs}, which its config (block_size {config.block_size}, "
-                f"decoder_size "
-                f"{config.decoder_size}) asks for. Give the net_config.json that belongs to it."
+                f"decoder_size {config.decoder_size}) asks for. Give the net_config.json that belongs to it."
             )
         used.add(theirs)
         core[ours] = variables[theirs]

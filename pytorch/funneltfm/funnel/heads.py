@@ -10,10 +10,14 @@ from funneltfm.funnel.ops import ACTIVATIONS, Dense, LayerNorm
 
 
 class SummaryHead(nn.Sequential):
-    """[CLS] (B, D) -> (B, C): dense, tanh, dropout, dense. The first two give the summary vector (B, D)."""
+    """[CLS] (B, D) -> (B, C): dense, tanh, dropout, dense."""
 
     def __init__(self, d_model: int, num_class: int, dropout: float):
         super().__init__(Dense(d_model, d_model), nn.Tanh(), nn.Dropout(dropout), Dense(d_model, num_class))
+
+    def summary(self, cls: Tensor) -> Tensor:
+        """The summary vector (B, D): dense and tanh alone."""
+        return self[1](self[0](cls))
 
 
 class MaskedLMHead(nn.Module):

@@ -6,7 +6,7 @@ Alphabet: B batch, T tokens, D d_model, C classes. Masks: 1 (or True) = pad.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,16 @@ class PositionwiseFFN(nn.Module):
         return self.layer_norm(x + self.pffn(x))
 
 
+class Tokens(NamedTuple):
+    """The tokens, or pooled tokens, of a hidden state: where they are, in which segment, and which are padding."""
+
+    pos: Positions
+    seg_id: Tensor | None
+    """(B, T')."""
+    input_mask: Tensor
+    """(B, T') bool, True = pad."""
+
+
 class FunnelTFM(nn.Module):
     """A Funnel-Transformer with a classification head.
 
@@ -76,9 +86,8 @@ class FunnelTFM(nn.Module):
         replaced = {key: getattr(args, key) for key in _ARGS_KEYS if getattr(args, key, None) is not None}
         config = dataclasses.replace(net_config, **replaced)
         self.net_config = config
-        self.gradient_checkpointing = (
-            False  # True: in training, compute each layer again going backward, to save memory
-        )
+        # In training, compute each layer again going backward, to save memory.
+        self.gradient_checkpointing = False
 
         self.input_layer = nn.Sequential(
             EmbeddingLookup(config.vocab_size, config.d_embed),
@@ -108,10 +117,11 @@ class FunnelTFM(nn.Module):
 
     def _input_mask(self, inputs: Tensor, input_mask: Tensor | None) -> Tensor:
         ids = inputs.dim() == 2 and not inputs.is_floating_point()
-        if not (ids or inputs.dim() == 3) or inputs.size(1) == 0:
+        embeddings = inputs.dim() == 3 and inputs.is_floating_point() and inputs.size(2) == self.net_config.d_embed
+        if not (ids or embeddings) or inputs.size(1) == 0:
             raise InputError(
                 f"inputs must be token ids of shape (batch, length), length at least 1, or embeddings of shape "
-                f"(batch, length, d_embed); got {tuple(inputs.shape)} of {inputs.dtype}."
+                f"(batch, length, {self.net_config.d_embed}); got {tuple(inputs.shape)} of {inputs.dtype}."
             )
         if input_mask is None:
             return inputs == self.net_config.pad_id if ids else inputs.new_zeros(inputs.shape[:2], dtype=torch.bool)
@@ -122,6 +132,24 @@ class FunnelTFM(nn.Module):
             )
         return input_mask.bool()
 
+    def _check_seg_id(self, inputs: Tensor, seg_id: Tensor | None) -> None:
+        if seg_id is not None and seg_id.shape != inputs.shape[:2]:
+            raise InputError(
+                f"seg_id must have the shape of inputs, {tuple(inputs.shape[:2])}; got {tuple(seg_id.shape)}."
+            )
+
+    def _check_target(self, logits: Tensor, cls_target: Tensor) -> None:
+        if cls_target.shape != logits.shape[:1]:
+            raise InputError(
+                f"cls_target must have the shape {tuple(logits.shape[:1])}, one for each input; "
+                f"got {tuple(cls_target.shape)}."
+            )
+        if self.net_config.num_class > 1 and (cls_target.is_floating_point() or cls_target.dtype == torch.bool):
+            raise InputError(
+                f"cls_target must be class indices (integers) for num_class {self.net_config.num_class}; "
+                f"got {cls_target.dtype}. Numbers to predict need num_class 1."
+            )
+
     def _same_segment(self, q_seg: Tensor | None, k_seg: Tensor | None) -> Tensor | None:
         """(B, Tq), (B, Tk) -> (B, Tq, Tk), True where both are in one segment; [CLS] is in every segment."""
         if q_seg is None or k_seg is None:
@@ -130,21 +158,13 @@ class FunnelTFM(nn.Module):
         q, k = q_seg[:, :, None], k_seg[:, None, :]
         return (q == k) | (q == cls) | (k == cls)
 
-    def _structure(
-        self,
-        like: Tensor,
-        q_pos: Positions,
-        k_pos: Positions,
-        q_seg: Tensor | None,
-        k_seg: Tensor | None,
-        input_mask: Tensor,
-    ) -> AttentionStructure:
+    def _structure(self, like: Tensor, query: Tokens, key: Tokens) -> AttentionStructure:
         config = self.net_config
         encode = ATTN_TYPES[config.attn_type].encode
         return AttentionStructure(
-            pos_enc=encode(q_pos, k_pos, config.d_model, self.pos_dropout, like),
-            input_mask=input_mask,
-            same_segment=self._same_segment(q_seg, k_seg),
+            pos_enc=encode(query.pos, key.pos, config.d_model, self.pos_dropout, like),
+            input_mask=key.input_mask,
+            same_segment=self._same_segment(query.seg_id, key.seg_id),
             separate_cls=config.separate_cls,
         )
 
@@ -158,40 +178,40 @@ class FunnelTFM(nn.Module):
             return checkpoint(layer, query, key, use_reentrant=False)
         return layer(query, key)
 
-    def _encode(
-        self, hidden: Tensor, seg_id: Tensor | None, input_mask: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Yield (hidden (B, T', D), its padding mask (B, T'), tokens one state stands for) after every layer."""
+    def _pool(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        config = self.net_config
+        hidden = pool_hidden(hidden, config)
+        stride = tokens.pos.stride * config.pooling_size
+        # [CLS] kept aside sits where even spacing wants it: before the first of every second token, at 1 - 2^b.
+        start = 1 - stride if config.separate_cls else 0
+        return hidden, Tokens(
+            pos=Positions(start, stride, hidden.size(1)),
+            seg_id=None if tokens.seg_id is None else pool_stride(tokens.seg_id, config),
+            input_mask=pool_mask(tokens.input_mask, config),
+        )
+
+    def _encode(self, hidden: Tensor, tokens: Tokens) -> Iterator[tuple[Tensor, Tokens]]:
+        """Yield the hidden states (B, T', D) after every layer, and where its tokens are."""
         config = self.net_config
         index = 0
-        pos = Positions(0, 1, hidden.size(1))
-        factor = 1
         for block, (n_param, n_repeat) in enumerate(config.blocks):
-            query, key = hidden, hidden
-            q_pos, q_seg, q_mask = pos, seg_id, input_mask
+            key, key_tokens = hidden, tokens
             if block > 0 and can_pool(hidden.size(1), config):
-                query = pool_hidden(hidden, config)
-                factor *= config.pooling_size
-                # [CLS] kept aside sits where even spacing wants it: at 1 - 2^b, before the first of every second token.
-                q_pos = Positions(1 - factor if config.separate_cls else 0, factor, query.size(1))
-                q_seg = None if seg_id is None else pool_stride(seg_id, config)
-                q_mask = pool_mask(input_mask, config)
+                hidden, tokens = self._pool(hidden, tokens)
                 if not config.pool_q_only:
-                    key, pos, seg_id, input_mask = query, q_pos, q_seg, q_mask
-            structure = self._structure(hidden, q_pos, pos, q_seg, seg_id, input_mask)
+                    key, key_tokens = hidden, tokens
+            structure = self._structure(hidden, tokens, key_tokens)
             for _ in range(n_param):
                 for _ in range(n_repeat):
-                    hidden = self._layer(index, query, key, structure)
-                    yield hidden, q_mask, factor
-                    if pos != q_pos:  # after the first layer the keys are pooled too
-                        pos, seg_id, input_mask = q_pos, q_seg, q_mask
-                        structure = self._structure(hidden, pos, pos, seg_id, seg_id, input_mask)
-                    query = key = hidden
+                    hidden = self._layer(index, hidden, key, structure)
+                    yield hidden, tokens
+                    if key_tokens is not tokens:  # after the first layer of a block the keys are pooled too
+                        key_tokens = tokens
+                        structure = self._structure(hidden, tokens, tokens)
+                    key = hidden
                 index += 1
 
-    def _decode(
-        self, last: Tensor, bridge: Tensor, factor: int, seg_id: Tensor | None, input_mask: Tensor
-    ) -> Iterator[Tensor]:
+    def _decode(self, last: Tensor, bridge: Tensor, factor: int, tokens: Tokens) -> Iterator[Tensor]:
         """Yield the hidden states (B, T, D) of every decoder layer. Paper, section 2.3.
 
         last: the encoder's output, one state for `factor` tokens. bridge: the output of its first block, full length.
@@ -199,8 +219,7 @@ class FunnelTFM(nn.Module):
         config = self.net_config
         n_param, n_repeat = config.decoder
         hidden = upsample(last, bridge.size(1), factor, config) + bridge
-        pos = Positions(0, 1, hidden.size(1))
-        structure = self._structure(hidden, pos, pos, seg_id, seg_id, input_mask)
+        structure = self._structure(hidden, tokens, tokens)
         for index in range(len(self.attn_layers) - n_param, len(self.attn_layers)):
             for _ in range(n_repeat):
                 hidden = self._layer(index, hidden, hidden, structure)
@@ -227,20 +246,21 @@ class FunnelTFM(nn.Module):
         if use_decoder and config.decoder[0] == 0:
             raise InputError("use_decoder=True needs a model with a decoder; this one has decoder_size '0'.")
         mask = self._input_mask(inputs, input_mask)
+        self._check_seg_id(inputs, seg_id)
         embedding = self.input_layer(inputs) if inputs.dim() == 2 else self.input_layer[1:](inputs)
         if config.d_embed != config.d_model:
             embedding = self.input_projection(embedding)
 
-        hiddens, masks = [embedding], [mask]
-        factor = 1
-        for hidden, hidden_mask, factor in self._encode(embedding, seg_id, mask):  # noqa: B007 (the last is used)
-            hiddens.append(hidden)
-            masks.append(hidden_mask)
+        tokens = Tokens(Positions(0, 1, embedding.size(1)), seg_id, mask)
+        layers = [(embedding, tokens), *self._encode(embedding, tokens)]
+        hiddens = [hidden for hidden, _ in layers]
+        masks = [at.input_mask for _, at in layers]
         if use_decoder:
             n_param, n_repeat = config.blocks[0]
-            for hidden in self._decode(hiddens[-1], hiddens[n_param * n_repeat], factor, seg_id, mask):
-                hiddens.append(hidden)
-                masks.append(mask)
+            last, at = layers[-1]
+            decoded = list(self._decode(last, hiddens[n_param * n_repeat], at.pos.stride, tokens))
+            hiddens += decoded
+            masks += [mask] * len(decoded)
         return hiddens, {"hidden_masks": masks}
 
     def get_pooled_output(
@@ -252,7 +272,7 @@ class FunnelTFM(nn.Module):
                 "get_pooled_output needs the dense layer of the head; build the model with cls_target=True."
             )
         hiddens, _ = self.extract_hiddens(inputs, seg_id=seg_id, input_mask=input_mask)
-        return self.cls_head[:2](hiddens[-1][:, 0])
+        return self.cls_head.summary(hiddens[-1][:, 0])
 
     def forward(
         self,
@@ -277,6 +297,7 @@ class FunnelTFM(nn.Module):
         ret_dict["cls_logits"] = logits
         ret_dict["cls_pred"] = logits[:, 0] if regression else logits.argmax(dim=-1)
         if cls_target is not None:
+            self._check_target(logits, cls_target)
             if regression:
                 ret_dict["cls_loss"] = F.mse_loss(logits[:, 0].float(), cls_target.float())
             else:

@@ -15,14 +15,15 @@ ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation with eps 1e-9 whose statistics are fp32 in every precision."""
+    """Layer normalisation with eps 1e-9, computed in fp32 for half precision too."""
 
     def __init__(self, d_model: int, eps: float = 1e-9):
         super().__init__(d_model, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Dense(nn.Module):
@@ -63,7 +64,23 @@ class EmbeddingLookup(nn.Module):
     def __init__(self, vocab_size: int, d_embed: int):
         super().__init__()
         self.lookup_table = nn.Parameter(torch.empty(vocab_size, d_embed))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.lookup_table)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The table under the name that it has in torch.nn.Embedding."""
+        return self.lookup_table
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.lookup_table.size(0)
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.lookup_table.size(1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.embedding(inputs, self.lookup_table)
@@ -87,9 +104,8 @@ def rel_shift(x: Tensor, k_len: int, shift: int = 1) -> Tensor:
     """Turn scores by relative distance into scores by key position.
 
     x: (B, N, Tq, R), R = shift * Tq + Tk; going one row down moves the window `shift` columns to the left.
-    Returns (B, N, Tq, k_len): row i, key j takes column shift * (Tq - i) + j. Paper, appendix A.1
-    (Transformer-XL's shift,
-    with shift = pooling_size where a pooled query meets keys that are not pooled).
+    Returns (B, N, Tq, k_len): row i, key j takes column shift * (Tq - i) + j. Paper, appendix A.1 (Transformer-XL's
+    shift, with shift = pooling_size where a pooled query meets keys that are not pooled).
 
     >>> rel_shift(torch.arange(8).view(1, 1, 2, 4), k_len=2)[0, 0]  # columns score distances 2 1 0 -1... of Tq - r
     tensor([[2, 3],

@@ -1,0 +1,1 @@
+"""Floor 3: a run in time."""

@@ -154,8 +154,7 @@ class Progress(Callback):
                 left = (trainer.num_training_batches - row["step"]) * self.history.train_seconds / row["step"]
                 self._say(
                     f"step {row['step']}/{trainer.num_training_batches}  epoch {row['epoch']:.2f}  loss "
-                    f"{row['train/loss']:.4f}  "
-                    f"lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  "
+                    f"{row['train/loss']:.4f}  lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  "
                     f"{tqdm.format_interval(left)} left"
                 )
         self._shown = len(self.history.rows)

@@ -188,11 +188,10 @@ def _net_config(args: Args, data: Data, config_path: Path | None) -> ModelConfig
         raise InputError(
             f"the vocabulary does not match the model: {args.tokenizer_path} has {data.tokenizer.vocab_size} pieces, "
             f"{config_path or '--vocab_size'} says {config.vocab_size}. Give the vocabulary that belongs to the "
-            f"checkpoint; "
-            f"if its table is meant to be larger than the vocabulary, say so with --vocab_size={config.vocab_size}."
+            "checkpoint; if its table is meant to be larger than the vocabulary, say so with "
+            f"--vocab_size={config.vocab_size}."
         )
-    # A classifier reads [CLS] from the encoder, so a decoder in the config would only be dead weight.
-    return dataclasses.replace(config, num_class=data.task.num_class, pad_id=data.tokenizer.pad_id, decoder_size="0")
+    return dataclasses.replace(config, num_class=data.task.num_class, pad_id=data.tokenizer.pad_id)
 
 
 def _config_beside(ckpt: Path) -> Path:
@@ -226,8 +225,10 @@ def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
             f"has {', '.join(data.task.spec.labels or ['numbers'])}."
         )
     config_path = Path(args.init_ckpt_config) if args.init_ckpt_config else _config_beside(ckpt)
-    model = FunnelTFM(_net_config(args, data, config_path))
-    fresh = load_checkpoint(model, ckpt, new_head=not args.test_only)
+    config = _net_config(args, data, config_path)
+    # A classifier reads [CLS] from the encoder, so a decoder would only be dead weight.
+    model = FunnelTFM(dataclasses.replace(config, decoder_size="0"))
+    fresh = load_checkpoint(model, ckpt, new_head=not args.test_only, decoder_layers=config.decoder[0])
     log.info("loaded %s%s", ckpt, f"; new: {', '.join(fresh)}" if fresh else "")
     return model
 
