@@ -59,6 +59,7 @@ def test_defaults() -> None:
         (["--loud", "true"], True),
         (["--loud=True"], True),
         (["--loud=false"], False),
+        (["--loud", "false"], False),
         (["--no_loud"], False),
         ([], False),
         (["--loud", "--no_loud"], False),

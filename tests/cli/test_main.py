@@ -257,6 +257,13 @@ def test_a_mistake_is_one_paragraph(name: str, place: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("place")
+def test_no_flags_at_all(capsys: pytest.CaptureFixture) -> None:
+    message = refused(capsys, ["classify"])
+    assert "--dataset" in message
+    assert "--data_dir" in message
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("word", ["--debug", "--debug=true"])
 def test_debug_shows_where(word: str) -> None:
     with pytest.raises(InputError, match="Expected a vocabulary file"):  # Python prints the traceback

@@ -347,9 +347,9 @@ def test_labels_and_metrics_files(run: Run) -> None:
     scored = [row for row in rows if row[main_metric]]
     steps = run.results["steps"]
     assert [int(row["step"]) for row in scored] == sorted({max(1, round(steps * i / 3)) for i in (1, 2, 3)})
-    assert [
-        int(row["step"]) for row in scored if float(row[main_metric]) == max(float(r[main_metric]) for r in scored)
-    ][0] == run.results["best_step"]
+    best = max(scored, key=lambda row: float(row[main_metric]))  # the first of equals
+    assert int(best["step"]) == run.results["best_step"]
+    assert float(best[main_metric]) == pytest.approx(run.results["valid"][run.layout.metrics[0]], abs=1e-5)
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     assert losses
     assert np.isfinite(losses).all()
