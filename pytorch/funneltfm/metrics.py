@@ -11,17 +11,18 @@ def accuracy(pred: np.ndarray, target: np.ndarray) -> float:
 
 
 def f1(pred: np.ndarray, target: np.ndarray) -> float:
-    """F1 of class 1 where there are two classes (GLUE's MRPC and QQP), else the mean over classes."""
+    """F1 of class 1, as GLUE takes it for MRPC and QQP; 0 where class 1 neither is nor is predicted."""
     from sklearn.metrics import f1_score
 
-    binary = max(pred.max(), target.max()) <= 1
-    return float(f1_score(target, pred, average="binary" if binary else "macro", zero_division=0.0))
+    return float(f1_score(target == 1, pred == 1, zero_division=0.0))
 
 
 def mcc(pred: np.ndarray, target: np.ndarray) -> float:
     """Matthews correlation; 0 where one class alone is predicted."""
     from sklearn.metrics import matthews_corrcoef
 
+    if np.ptp(pred) == 0 or np.ptp(target) == 0:
+        return 0.0
     return float(matthews_corrcoef(target, pred))
 
 

@@ -62,7 +62,7 @@ def test_help_has_every_flag_of_the_original_with_its_default(help_text: str, na
     assert " --" not in match[0].replace(f" --{name}", "", 1).replace(f", --no_{name}", "")  # its own default
     default = match[1]
     if ORIGINAL[name] is not None:
-        shown = {"''": "", "False": False, "false": False}.get(default, default)
+        shown = {"''": "", "none": "", "null": "None", "False": False, "false": False}.get(default, default)
         expected = "" if ORIGINAL[name] == "''" else ORIGINAL[name]
         assert shown == expected or float(shown) == expected
     if name in CHOICES:
@@ -170,7 +170,7 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, object], list[str]]]
     "misspelt flag": ({}, {"learning_rate": 1}, ["--learning_rate"]),
     "nearly a flag": ({}, {"epoch": 1}, ["--epoch", "Did you mean --epochs?"]),
     "wrong choice": ({}, {"attn_type": "relshift"}, ["attn_type", "relshift", "rel_shift", "factorized"]),
-    "not a number": ({}, {"lr": "fast"}, ["lr", "fast", "float"]),
+    "not a number": ({}, {"lr": "fast"}, ["lr", "fast", "number"]),
     "out of range": ({}, {"warmup_prop": 2}, ["warmup_prop", "between 0 and 1", "2"]),
     "no dataset": ({}, {"dataset": None}, ["--dataset", "--data_dir"]),
     "no data_dir": ({}, {"data_dir": None}, ["--data_dir"]),

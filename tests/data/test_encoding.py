@@ -149,8 +149,14 @@ def test_labels_may_be_absent_or_numbers_but_not_half(vocab: Path) -> None:
     numbers = encode_examples([Example("0", "a", "a", "4.25")], None, tokenizer, EncodingConfig())
     assert numbers.labels.dtype == np.float64
     assert numbers.labels.tolist() == [4.25]
-    with pytest.raises(InputError, match="1 of 2"):
-        encode_examples([Example("0", "a", None, "no"), Example("1", "a")], ("no", "yes"), tokenizer, EncodingConfig())
+
+
+def test_half_labelled_data_is_named(vocab: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text_a": "a", "label": "no"}\n{"text_a": "a", "label": "yes"}\n')
+    (tmp_path / "test.jsonl").write_text('{"text_a": "a", "label": "no"}\n{"text_a": "a"}\n')
+    tokenizer = get_tokenizer("word_piece", vocab)
+    with pytest.raises(InputError, match=r"test in .*1 of 2"):
+        load_split(custom_dataset(tmp_path), tmp_path, "test", tokenizer, EncodingConfig(), tmp_path / "cache")
 
 
 # ---- the cache

@@ -83,7 +83,8 @@ def outputs(model, **inputs):
         return model(**inputs, return_dict=False)
 
 
-def assert_same(model, other, atol=0.0):
+def assert_same(model, other, atol=1e-6):
+    """Outputs may differ by a rounding: where a tensor lies in memory decides how it is summed."""
     inputs = inputs_for(type(model))
     for a, b in zip(outputs(model, **inputs), outputs(other, **inputs), strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=atol)
@@ -118,9 +119,7 @@ def test_config_round_trips(tmp_path, tiny):
     for again in (FunnelTFMConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(again) is FunnelTFMConfig
         assert again.net_config() == net_config
-        assert again.to_dict() == config.to_dict() | {"_name_or_path": again._name_or_path} or (
-            {**again.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
-        )
+        assert again.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
 
 
@@ -304,9 +303,9 @@ def test_bare_model_is_the_net(make):
 
 def test_without_a_decoder_the_last_hidden_is_short(make):
     model = make(FunnelTFMModel, decoder_size="0")
-    inputs = inputs_for(FunnelTFMModel, length=11)  # canonical: 15 -> 7 -> 3
+    inputs = inputs_for(FunnelTFMModel, length=11)  # canonical: 15 -> 8 -> 4
     output = model(**inputs, output_hidden_states=True)
-    assert [x.size(1) for x in output.hidden_states] == [11, 11, 7, 3]
+    assert [x.size(1) for x in output.hidden_states] == [11, 11, 8, 4]
     assert output.hidden_states[-1] is output.last_hidden_state
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
 
@@ -333,11 +332,7 @@ def test_tuples(cls, make):
     whole = model(**inputs, **labels_for(cls, inputs), output_hidden_states=True)
     parts = model(**inputs, **labels_for(cls, inputs), output_hidden_states=True, return_dict=False)
     assert type(parts) is tuple
-    assert (
-        len(parts)
-        == len(whole)
-        == 2 + (cls in (FunnelTFMModel, FunnelTFMForQuestionAnswering)) + (cls is not FunnelTFMModel) * 1
-    )
+    assert len(parts) == len(whole) == (4 if cls is FunnelTFMForQuestionAnswering else 3)
     for a, b in zip(parts[:-1], whole.to_tuple()[:-1], strict=True):
         assert torch.equal(a, b)
     model.config.return_dict = False
@@ -450,19 +445,21 @@ def test_mask_is_taken_from_pad_token_id(make):
 
 
 def test_a_hole_in_the_mask_stays_masked(make):
-    model = make(FunnelTFMModel)
+    model = make(FunnelTFMModel, pad_to_canonical=False)
     batch = batch_of(sentences((9,)), 9, "right")
     batch["attention_mask"][0, 2:5] = 0
-    other = {name: x.clone() for name, x in batch.items()}
-    other["input_ids"][0, 3] = 0  # inside of a window of masked tokens
-    other["input_ids"][0, 4] = 0
-    a, b = outputs(model, **batch)[0], outputs(model, **other)[0]
-    torch.testing.assert_close(a[:, :3], b[:, :3], rtol=0, atol=1e-5)
-    assert not torch.allclose(outputs(model, **(batch | {"attention_mask": torch.ones(1, 9)}))[0], a, atol=1e-3)
+    seg_id = batch["token_type_ids"].clone()
+    seg_id[:, 0] = 2
+    mask = 1 - batch["attention_mask"]
+    with torch.no_grad():
+        hiddens, _ = model.net.extract_hiddens(batch["input_ids"], seg_id, mask, use_decoder=True)
+    assert torch.equal(outputs(model, **batch)[0], hiddens[-1])
+    batch["attention_mask"][:] = 1
+    assert not torch.allclose(outputs(model, **batch)[0], hiddens[-1], atol=1e-3)
 
 
 def test_a_row_of_padding_is_finite(make):
-    batch = batch_of(sentences((5,)) + [torch.zeros(0, dtype=torch.long)], 6, "right")
+    batch = batch_of([*sentences((5,)), torch.zeros(0, dtype=torch.long)], 6, "right")
     model = make(FunnelTFMModel)
     result = outputs(model, **batch)
     assert all(x.isfinite().all() for x in result)
@@ -681,7 +678,6 @@ def test_answers_are_not_in_padding(make):
 # ---- embeddings
 
 
-@pytest.mark.filterwarnings("ignore:.*no longer supported:FutureWarning")
 @pytest.mark.parametrize("mean_resizing", [True, False])
 @pytest.mark.parametrize("size", [61, 40])
 @every_class
@@ -698,7 +694,7 @@ def test_resize_token_embeddings(cls, size, mean_resizing, make, tmp_path):
         assert torch.equal(x[:kept], before[name][:kept]) if x.shape != before[name].shape else True
     net = (model if cls is FunnelTFMModel else model.funnel).net
     assert net.net_config.vocab_size == size
-    assert list(net.state_dict())[0] == "input_layer.0.lookup_table"
+    assert next(iter(net.state_dict())) == "input_layer.0.lookup_table"
     inputs = inputs_for(cls)
     inputs["input_ids"] = inputs["input_ids"] % 40
     inputs["input_ids"][..., 1] = size - 1
@@ -709,7 +705,7 @@ def test_resize_token_embeddings(cls, size, mean_resizing, make, tmp_path):
     model.save_pretrained(tmp_path)
     again = cls.from_pretrained(tmp_path)
     for a, b in zip(outputs(model, **inputs), outputs(again, **inputs), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_resize_to_a_multiple_and_to_nothing_new(make):
@@ -745,6 +741,11 @@ def gradients(model, inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+# Newer versions of `transformers` have another name for it.
+renamed = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+
+
+@renamed
 @pytest.mark.parametrize("cls", [FunnelTFMForMaskedLM, FunnelTFMForSequenceClassification])
 def test_gradient_checkpointing(cls, make):
     model = make(cls).train()
@@ -752,14 +753,14 @@ def test_gradient_checkpointing(cls, make):
     expected = gradients(model, inputs)
     assert len(expected) == len(list(model.parameters()))
     assert model.supports_gradient_checkpointing
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert model.funnel.net.gradient_checkpointing
     got = gradients(model, inputs)
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name])
-    model.activation_checkpointing_disable()
-    assert not model.is_activation_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.funnel.net.gradient_checkpointing
 
 
 def test_gradients_reach_every_parameter_with_padding(make):
@@ -770,7 +771,7 @@ def test_gradients_reach_every_parameter_with_padding(make):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@renamed
 @pytest.mark.parametrize("cls", [FunnelTFMForSequenceClassification, FunnelTFMForQuestionAnswering])
 def test_trainer(cls, config, tmp_path):
     pytest.importorskip("accelerate")
@@ -811,8 +812,8 @@ def tokenizer():
     """A tiny WordPiece tokenizer of the BERT kind."""
     from tokenizers import BertWordPieceTokenizer
 
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film was the ##s ##ly it very not great dull story".split()
-    vocab = {word: i for i, word in enumerate(words)}
+    words = "a good bad film was the ##s ##ly it very not great dull story"
+    vocab = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()))}
     fast = BertWordPieceTokenizer(vocab, lowercase=True)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return PreTrainedTokenizerFast(
@@ -906,9 +907,15 @@ def ours(model):
     return mine
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"separate_cls": False, "pool_q_only": False, "block_repeats": [1, 2, 1]}], ids=str
-)
+PARITY = {
+    "as published": {},
+    "all switches off": {"separate_cls": False, "truncate_seq": False, "pool_q_only": False},
+    "factorized, repeats": {"attention_type": "factorized", "block_repeats": [1, 2, 1]},
+    "max pooling, relu": {"pooling_type": "max", "hidden_act": "relu", "truncate_seq": False},
+}
+
+
+@pytest.mark.parametrize("keys", PARITY.values(), ids=PARITY)
 @pytest.mark.parametrize("name", PAIRS)
 def test_equal_to_funnel_of_transformers(name, keys):
     reference = theirs(name, **keys)
@@ -923,13 +930,32 @@ def test_equal_to_funnel_of_transformers(name, keys):
         names = ["last_hidden_state"] if name == "FunnelModel" else [n for n in expected if n in got]
         assert len(names) > (name != "FunnelModel")
         for key in names:
-            torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5, msg=lambda m: f"{key}: {m}")
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
         if name == "FunnelModel":
             states = reference(**inputs, output_hidden_states=True).hidden_states
             mine = model(**inputs, output_hidden_states=True).hidden_states
             n_encoder = len(mine) - 2  # theirs has one more, the sum that enters the decoder
             for a, b in zip(mine, (*states[:n_encoder], *states[n_encoder + 1 :]), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_with_padding_funnel_of_transformers_pools_its_mask_wrongly(monkeypatch):
+    """A window of one real and one padded token becomes padding there. That is all: set right, both are equal."""
+    from transformers.models.funnel.modeling_funnel import FunnelAttentionStructure
+
+    reference = theirs("FunnelModel")
+    model = ours(reference)
+    batch = batch_of(sentences((8, 10, 15)), 15, "right")
+    batch["token_type_ids"][:, 0] = 2
+    got, real = outputs(model, **batch)[0], batch["attention_mask"].bool()
+    assert (got - outputs(reference, **batch)[0])[real].abs().max() > 0.01
+    pool = FunnelAttentionStructure.pool_tensor
+    monkeypatch.setattr(
+        FunnelAttentionStructure,
+        "pool_tensor",
+        lambda self, tensor, mode="mean", stride=2: pool(self, tensor, "max" if mode == "min" else mode, stride),
+    )
+    torch.testing.assert_close(got[real], outputs(reference, **batch)[0][real], rtol=1e-5, atol=1e-5)
 
 
 def test_head_formulas_by_hand(make):

@@ -266,7 +266,8 @@ def test_files_of_a_run(run: Run) -> None:
     kind = "scatter" if run.labels is None else "confusion_matrix"
     assert files == {
         "config.yaml", "metrics.csv", "results.json", "log.txt", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
-        "best/model.pt", "best/net_config.json", "best/labels.json", "best/vocab.txt", "plots/learning_curves.png",
+        "best/model.pt", "best/net_config.json", "best/labels.json", "best/text_config.json", "best/vocab.txt",
+        "plots/learning_curves.png",
         *(f"plots/{kind}_{split}.png" for split in run.layout.labelled),
         *(f"predictions/{split}.jsonl" for split in run.layout.sizes),
         *(f"predictions/{name}" for name in run.layout.submissions.values()),
@@ -716,7 +717,7 @@ def test_a_model_that_gives_no_numbers_is_named(trained: tuple[Path, dict], tmp_
     state["cls_head.3.bias"].fill_(float("nan"))
     torch.save(state, tmp_path / "model.pt")
     (tmp_path / "net_config.json").write_bytes((root / "best" / "net_config.json").read_bytes())
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="gives no numbers"):
         classify(**flags, init_ckpt=str(tmp_path / "model.pt"), model_dir=str(tmp_path / "out"), test_only=True)
 
 

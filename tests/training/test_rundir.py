@@ -10,7 +10,7 @@ from funneltfm.training.rundir import RunDir, find_run, read_labels
 
 
 def find(model_dir: Path | None, **given: bool) -> RunDir:
-    flags = {"resume": False, "test_only": False, "overwrite": False} | given
+    flags = {"going_on": False, "overwrite": False} | given
     return find_run(None if model_dir is None else str(model_dir), "CoLA", **flags)
 
 
@@ -37,16 +37,15 @@ def test_the_next_free_number(tmp_path: Path) -> None:
     assert find(None).root == Path("exp/CoLA/run_11")
 
 
-def test_the_newest_to_resume_or_test(tmp_path: Path) -> None:
+def test_the_newest_to_go_on_with(tmp_path: Path) -> None:
     for number in (1, 2, 10):
         fill(tmp_path / f"exp/CoLA/run_{number}", "metrics.csv")
-    assert find(None, resume=True).root == Path("exp/CoLA/run_10")
-    assert find(None, test_only=True).root == Path("exp/CoLA/run_10")
+    assert find(None, going_on=True).root == Path("exp/CoLA/run_10")
 
 
-def test_nothing_to_resume() -> None:
-    with pytest.raises(InputError, match=r"no run to resume.*exp/CoLA.*--model_dir"):
-        find(None, resume=True)
+def test_nothing_to_go_on_with() -> None:
+    with pytest.raises(InputError, match=r"no run in exp/CoLA.*--model_dir"):
+        find(None, going_on=True)
 
 
 # ---- with model_dir
@@ -69,13 +68,14 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
         find(tmp_path / "run")
     assert str(tmp_path / "run") in str(caught.value)
     assert (tmp_path / "run" / name).read_text(encoding="utf-8") == "precious"
-    for flag in ("resume", "test_only"):
+    for flag in ("going_on", "overwrite"):
         assert find(tmp_path / "run", **{flag: True}).root == tmp_path / "run"
+    assert (tmp_path / "run" / name).read_text(encoding="utf-8") == "precious"  # the caller clears it, when all is well
 
 
 def test_a_file_as_folder(tmp_path: Path) -> None:
     fill(tmp_path, "run")
-    for flag in ("resume", "test_only", "overwrite"):
+    for flag in ("going_on", "overwrite"):
         with pytest.raises(InputError, match="is a file; it must be a folder"):
             find(tmp_path / "run", **{flag: True})
     assert (tmp_path / "run").read_text(encoding="utf-8") == "precious"

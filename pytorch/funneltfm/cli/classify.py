@@ -11,8 +11,7 @@ def main(argv: Sequence[str]) -> None:
         GROUPS, prog="funneltfm classify", description="Finetune a Funnel-Transformer on text classification."
     )
     flags, given = parser.parse(argv)
-    values = {name: flags[name] for name in parser.flag_names}
-    args = make_args(**values)
+    args = make_args(**flags)
     args.given = given
 
     from funneltfm.training.classify import run  # torch and Lightning, only now

@@ -1,88 +1,156 @@
-"""Dataclass fields as flat command-line flags, with YAML config files, through jsonargparse."""
+"""Dataclass fields as flat command-line flags, with YAML files of flags.
 
+argparse, not a parser that reads values as YAML: `--text_a=#5` and `block_size: 2_2_2` are text and stay so.
+"""
+
+import argparse
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
-from typing import Any, get_args, get_origin
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+import yaml
+
+from funneltfm.errors import InputError
 
 Group = tuple[str, type, tuple[str, ...]]
 
+_BOOL = {"true": True, "yes": True, "false": False, "no": False}
 
-class FlagParser(ArgumentParser):
+
+class FlagParser(argparse.ArgumentParser):
     """A parser of flat flags made from dataclasses.
 
     groups: (title, dataclass, names to leave out). A field's attribute docstring is its help, its default the flag's.
-    bool fields take `--name`, `--name=true|false` or `--no_name`. `--config file.yaml` gives flags too; flags
-    given after it win.
+    bool fields take `--name`, `--name=true|false` or `--no_name`. With config_file, `--config file.yaml` gives flags
+    too; those on the command line win.
     """
 
+    debug = False  # of the last command line that was parsed: whether errors show their traceback
+
     def __init__(self, groups: Sequence[Group], config_file: bool = True, **kwargs: Any):
-        super().__init__(default_env=False, **({"usage": f"{kwargs['prog']} [flags]"} | kwargs))
+        super().__init__(allow_abbrev=False, **({"usage": f"{kwargs['prog']} [flags]"} | kwargs))
+        self.defaults: dict[str, Any] = {}
+        self._switches: set[str] = set()
         if config_file:
-            self.add_argument("--config", action="config", help="YAML file of flags; those on the command line win.")
-        self.flag_names: list[str] = []
-        self.switches: set[str] = set()  # bool flags; written alone they take no value from the next word
+            text = "YAML file of flags; those on the command line win"
+            self.add_argument("--config", action="append", metavar="FILE", default=argparse.SUPPRESS, help=text)
         for title, cls, skip in groups:
             group = self.add_argument_group(title)
             docs = attribute_docs(cls)
             for field in dataclasses.fields(cls):
-                if field.name in skip:
-                    continue
-                name = field.name.rstrip("_")  # from_: a field's name must not be a keyword
-                self.flag_names.append(name)
-                extra: dict[str, Any] = {"default": field.default, "help": docs[field.name]}
-                if field.type is bool:
-                    extra |= {"action": ActionYesNo(no_prefix="no_"), "nargs": "?"}
-                    self.switches |= {f"--{name}", f"--no_{name}"}
-                elif get_origin(field.type) is not None and not _optional(field.type):
-                    extra["choices"] = list(get_args(field.type))
-                else:
-                    extra["type"] = field.type
-                group.add_argument(f"--{name}", **extra)
+                if field.name not in skip:
+                    self._add(group, field, docs[field.name])
 
-    def parse(self, argv: Sequence[str]) -> tuple[Namespace, frozenset[str]]:
-        """All flags, and the names of those that were given (on the command line or in a config file)."""
-        followed = zip(argv, [*argv[1:], ""], strict=True)
-        alone = [word in self.switches and after not in ("true", "false", "yes", "no") for word, after in followed]
-        argv = _config_first([f"{word}=true" if is_alone else word for word, is_alone in zip(argv, alone, strict=True)])
-        flags = self.parse_args(argv)
-        given = self.parse_args(argv, defaults=False)
-        return flags, frozenset(name for name in self.flag_names if name in given)
+    def _add(self, group: Any, field: dataclasses.Field, text: str) -> None:
+        name = field.name.rstrip("_")  # from_: a field's name must not be a keyword
+        self.defaults[name] = field.default
+        shown = str(field.default).lower() if field.type is bool or field.default is None else field.default
+        text += f" (default: {shown if shown != '' else 'none'})"
+        # Absent unless given: this is how we know which flags were.
+        common: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
+        if field.type is bool:
+            self._switches |= {f"--{name}", f"--no_{name}"}
+            group.add_argument(f"--{name}", type=_bool, nargs="?", const=True, metavar="true|false", **common)
+            hidden = common | {"help": argparse.SUPPRESS}
+            group.add_argument(f"--no_{name}", action="store_false", **hidden)
+        elif get_origin(field.type) is Literal:
+            group.add_argument(f"--{name}", choices=kinds, **common)
+        else:
+            kind = kinds[0] if kinds else field.type
+            metavar = {int: "N", float: "X"}.get(kind, "TEXT")  # type: ignore[arg-type]
+            group.add_argument(f"--{name}", type=_number if kind is float else kind, metavar=metavar, **common)
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """One paragraph, with the closest flag where one was misspelt; exit code 2."""
-        words = [
-            re.split("[=:]", word)[0].lstrip("-") for word in message.replace("'", " ").split() if word.startswith("--")
-        ]
-        unknown = [word for word in words if word not in self.flag_names]
-        close = [match for word in unknown for match in difflib.get_close_matches(word, self.flag_names, n=1)]
-        hint = f" Did you mean --{', --'.join(close)}?" if close else ""
-        text = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {text.rstrip('.')}.{hint} --help lists all flags.\n")
+    @property
+    def flag_names(self) -> list[str]:
+        return list(self.defaults)
+
+    def parse(self, argv: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
+        """All flags (and positional arguments) by name, and the names of those that were given on purpose.
+
+        A flag in a config file that says what is the default anyway does not count as given.
+        """
+        argv = self._separate_switches(argv)
+        on_line = vars(self.parse_args(argv))
+        in_file: dict[str, Any] = {}
+        for path in on_line.pop("config", None) or ():
+            in_file |= self._read_config(Path(path))
+        changed = {name for name, value in in_file.items() if value != self.defaults[name]}
+        flags = self.defaults | in_file | on_line
+        FlagParser.debug = bool(flags.get("debug"))
+        return flags, frozenset(changed | (on_line.keys() & self.defaults.keys()))
+
+    def _separate_switches(self, argv: Sequence[str]) -> list[str]:
+        """`--cased file` -> `--cased=true file`: a switch takes the next word only if that is a truth value."""
+        words = list(argv)
+        for i, word in enumerate(words):
+            after = words[i + 1] if i + 1 < len(words) else ""
+            if word in self._switches and not word.startswith("--no_") and after.lower() not in _BOOL:
+                words[i] = f"{word}=true"
+        return words
+
+    def _read_config(self, path: Path) -> dict[str, Any]:
+        """A file of flags. Its values are read as text, then as the flags' own types, like words of the command
+        line.
+        """
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise BadFlag(f"cannot read the config file {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise BadFlag(f"the config file {path} must hold a mapping: `name: value` lines, one for each flag.")
+        words = []
+        for name, value in content.items():
+            if name not in self.defaults:
+                raise BadFlag(f"the config file {path} has the unknown flag {name!r}.{self._close([name])}")
+            if not isinstance(value, str):
+                raise BadFlag(f"the config file {path} gives {name} a {type(value).__name__}; expected one value.")
+            if value in ("", "null", "~"):
+                if self.defaults[name] not in (None, ""):
+                    raise BadFlag(f"the config file {path} gives {name} no value.")
+                continue
+            words.append(f"--{name}={value}")
+        try:
+            return vars(self.parse_args(words))
+        except BadFlag as error:
+            raise BadFlag(f"in the config file {path}: {error}") from None
+
+    def error(self, message: str) -> NoReturn:
+        """Raise BadFlag: one paragraph, with the closest flag where one was misspelt."""
+        unknown = re.findall(r"--(\w+)", message) if "unrecognized" in message else []
+        raise BadFlag(f"{message.rstrip('.')}.{self._close(unknown)} --help lists all flags.")
+
+    def _close(self, names: Sequence[str]) -> str:
+        close = [match for name in names for match in difflib.get_close_matches(name, self.defaults, n=1)]
+        return f" Did you mean --{', --'.join(close)}?" if close else ""
 
 
-def _config_first(argv: Sequence[str]) -> list[str]:
-    """The command line with --config in front, since what comes later wins."""
-    config: list[str] = []
-    rest = list(argv)
-    for i in reversed(range(len(rest))):
-        if rest[i] == "--config":
-            config[:0] = rest[i : i + 2]
-            del rest[i : i + 2]
-        elif rest[i].startswith("--config="):
-            config.insert(0, rest.pop(i))
-    return config + rest
+class BadFlag(InputError):
+    """A command line that cannot be understood."""
 
 
-def _optional(annotation: Any) -> bool:
-    return type(None) in get_args(annotation)
+def _bool(text: str) -> bool:
+    if text.lower() not in _BOOL:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return _BOOL[text.lower()]
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return number
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The strings below a dataclass's fields, by field."""
+    """The strings below a dataclass's fields, by field, each on one line."""
     params = docstring_parser.parse_from_object(cls).params
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}

@@ -9,6 +9,7 @@ from funneltfm.errors import InputError
 
 VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
+    "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
 }
 
@@ -32,15 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"funneltfm: error: no verb {verb!r}; the verbs are {', '.join(VERBS)}.", file=sys.stderr)
         return 2
     _log_to_terminal()
+    from funneltfm.cli.flags import BadFlag, FlagParser
+
+    FlagParser.debug = False
     try:
         importlib.import_module(f"funneltfm.cli.{verb.replace('-', '_')}").main(rest)
     except (InputError, OSError) as error:
-        if "--debug" in rest:
+        if FlagParser.debug:
             raise
         print(f"funneltfm {verb}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nfunneltfm {verb}: stopped.", file=sys.stderr)
+        return 2 if isinstance(error, BadFlag) else 1
+    except KeyboardInterrupt as error:
+        print(f"\nfunneltfm {verb}: stopped. {error}".rstrip(), file=sys.stderr)
         return 130
     return 0
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,6 @@ def encode_examples(
     lengths = [len(inputs) for inputs, _ in encoded]
     index = None if labels is None else {label: i for i, label in enumerate(labels)}
     given = [example.label for example in examples if example.label is not None]
-    if given and len(given) < len(examples):
-        raise InputError(f"{len(given)} of {len(examples)} examples have a label; expected all or none.")
     return EncodedSplit(
         inputs=np.fromiter((t for inputs, _ in encoded for t in inputs), np.int32, sum(lengths)),
         seg_id=np.fromiter((t for _, seg_id in encoded for t in seg_id), np.int32, sum(lengths)),
@@ -148,11 +145,17 @@ def load_split(
     path = Path(cache_dir) / name
     if path.is_file() and not overwrite:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
                 return EncodedSplit(**arrays)
-        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged zip file makes its reader raise almost anything
             log.warning("the processed file %s is damaged (%s); it is made anew", path, error)
     examples = read_split(spec, data_dir, split, bad_rows=bad_rows)
+    labelled = sum(example.label is not None for example in examples)
+    if 0 < labelled < len(examples):
+        raise InputError(
+            f"{spec.name} {split} in {data_dir}: {labelled} of {len(examples)} examples have a label; expected "
+            f"all or none."
+        )
     encoded = encode_examples(examples, spec.labels, tokenizer, config)
     with atomic_path(path) as temporary:
         np.savez(temporary, **{field.name: getattr(encoded, field.name) for field in dataclasses.fields(encoded)})

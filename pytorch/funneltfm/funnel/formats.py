@@ -250,11 +250,13 @@ def convert_checkpoint(
     options: Options | None = None,
     drop_heads: bool = False,
     overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> tuple[Parts, list[str]]:
     """Convert a checkpoint folder; the target appears whole or not at all. Returns what it holds and report lines.
 
     kind: the source's format, or "auto". drop_heads: leave out heads (and a generator) that the target cannot hold.
-    Raises InputError where anything does not fit.
+    finish: called with the new folder before it takes its place, to add files. Raises InputError where anything
+    does not fit.
     """
     options = options or Options()
     kind = detect(source) if kind == "auto" else kind
@@ -283,6 +285,8 @@ def convert_checkpoint(
         folder = source if source.is_dir() else source.parent
         for vocabulary in [*folder.glob("vocab*.txt"), *folder.glob("*.model"), *folder.glob("tokenizer*.json")]:
             shutil.copy(vocabulary, fresh / vocabulary.name)
+        if finish is not None:
+            finish(fresh)
         if overwrite and target.exists():
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         elif target.exists():

@@ -114,13 +114,13 @@ class Layout(NamedTuple):
     """(B, T) bool: False where the output is zero, because its column is padding."""
 
     @classmethod
-    def of(cls, real: Tensor, length: int | None, config: ModelConfig) -> "Layout":
-        """real: (B, T) bool. length: columns to compute, all of the input's; None = the canonical length."""
-        T = real.size(1)
+    def of(cls, real: Tensor, config: ModelConfig, pad_to_canonical: bool) -> "Layout":
+        """real: (B, T) bool. Compute the canonical length of the longest sentence, or every column that was given."""
+        T = length = real.size(1)
         columns = torch.arange(T, device=real.device)
         start = real.int().argmax(dim=1, keepdim=True)  # the first real token; a row that is all padding stays
         n = T - real.flip(1).int().argmax(dim=1, keepdim=True) - start
-        if length is None:
+        if pad_to_canonical:
             length = canonical_length(int(n.max()), config)
         else:
             n = torch.full_like(n, T)
@@ -309,7 +309,7 @@ class FunnelTFMModel(FunnelTFMPreTrainedModel):
             )
 
         net, config = self.net, self.net.net_config
-        layout = Layout.of(real, None if self.config.pad_to_canonical else real.size(1), config)
+        layout = Layout.of(real, config, self.config.pad_to_canonical)
         if input_ids is not None:
             inputs = layout.take(input_ids, self.config.pad_id)
         elif inputs_embeds is not None:

@@ -31,7 +31,10 @@ def baselines(task: Classification, train: list[Example], valid: list[Example]) 
     x_train = vectorizer.fit_transform(map(_words, train))
     x_valid = vectorizer.transform(map(_words, valid))
     constant = y_train.mean() if task.regression else np.bincount(y_train.astype(int)).argmax()
-    linear = Ridge() if task.regression else LogisticRegression(max_iter=1000)
-    linear.fit(x_train, y_train)
-    predictions = {"majority": np.full(len(y_valid), constant), "bag_of_words": linear.predict(x_valid)}
+    majority = np.full(len(y_valid), constant)
+    linear = majority  # what a linear model says too where there is one class
+    if len(set(y_train)) > 1:
+        model = Ridge() if task.regression else LogisticRegression(max_iter=1000)
+        linear = model.fit(x_train, y_train).predict(x_valid)
+    predictions = {"majority": majority, "bag_of_words": linear}
     return {name: metrics.compute(task.spec.metrics, pred, y_valid) for name, pred in predictions.items()}

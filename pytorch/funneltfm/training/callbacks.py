@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 from lightning import Callback
 from tqdm import tqdm
 
@@ -56,7 +57,8 @@ class History(Callback):
     @property
     def best(self) -> dict[str, float]:
         """The row with the best main metric, the earliest of equals."""
-        return max((row for row in self.rows if self.main in row), key=lambda row: row[self.main])
+        scored = (row for row in self.rows if self.main in row)
+        return max(scored, key=lambda row: np.float32(row[self.main]))  # as ModelCheckpoint compares
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -75,7 +77,7 @@ class History(Callback):
         if step % self.log_every == 0 or step == trainer.num_training_batches:
             seconds, examples = self.train_seconds - self._since[0], self.examples - self._since[1]
             self._since = self.train_seconds, self.examples
-            loss = float(sum(self._losses)) / len(self._losses)
+            loss = sum(map(float, self._losses)) / len(self._losses)
             self._losses = []
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise InputError(
@@ -149,7 +151,9 @@ class Progress(Callback):
                 best = " (best so far)" if row is self.history.best else ""
                 self._say(f"step {row['step']}  epoch {row['epoch']:.2f}  {scores}{best}")
             elif self._bar is not None:
-                self._bar.set_postfix({"loss": f"{row['train/loss']:.4f}", "ex/s": f"{row['examples_per_second']:.0f}"})
+                self._bar.set_postfix(
+                    {"loss": f"{row['train/loss']:.4f}", "ex/s": f"{row['examples_per_second']:.0f}"}, refresh=False
+                )
             else:
                 left = (trainer.num_training_batches - row["step"]) * self.history.train_seconds / row["step"]
                 self._say(

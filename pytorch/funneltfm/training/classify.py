@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import platform
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,19 +18,27 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from funneltfm.data.batching import Collator, RunLoader, eval_loader
-from funneltfm.data.encoding import EncodedSplit
 from funneltfm.errors import InputError
-from funneltfm.files import write_json, write_text
+from funneltfm.files import atomic_path, write_json, write_text
 from funneltfm.funnel.checkpoints import save_checkpoint
 from funneltfm.funnel.model import FunnelTFM
-from funneltfm.tasks.classification import Classification
 from funneltfm.training import plots
 from funneltfm.training.callbacks import History, Progress, ValidateAt, validation_steps
+from funneltfm.training.checkpoint_io import WholeCheckpoints
 from funneltfm.training.config import Args, make_args
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
 from funneltfm.training.rundir import RunDir, find_run
-from funneltfm.training.setup import Data, choose_device, load_data, make_model, score_baselines, with_run_flags
+from funneltfm.training.setup import (
+    Data,
+    choose_device,
+    goes_on,
+    load_data,
+    make_model,
+    score_baselines,
+    with_absolute_paths,
+    with_run_flags,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,55 +53,84 @@ def run(args: Args) -> dict[str, Any]:
     args = with_run_flags(args)
     data = load_data(args)
     device = choose_device(args)
-    run_dir = find_run(args.model_dir, data.task.spec.name, args.resume, args.test_only, args.overwrite)
+    run_dir = find_run(args.model_dir, data.task.spec.name, goes_on(args), args.overwrite)
+    if args.resume and not run_dir.last.is_file():
+        raise InputError(f"there is nothing to resume: no {run_dir.last}. Start without --resume.")
     lightning.seed_everything(args.seed, verbose=False)
     model = make_model(args, data, run_dir)
-    n_param = sum(p.numel() for p in model.parameters())
-    log.info("%s: %s examples; %s parameters; %s", data.task.spec.name, data.sizes(), f"{n_param:,}", run_dir.root)
-
-    run_dir.root.mkdir(parents=True, exist_ok=True)
+    if args.overwrite and not goes_on(args):
+        run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
     with _log_file(args, run_dir), _quiet():
-        results: dict[str, Any] = {"task": data.task.spec.name}
-        history = None
-        if args.test_only and run_dir.results.is_file():
-            results = json.loads(run_dir.results.read_text(encoding="utf-8"))
-        if not args.test_only:
-            flags = args.flags() | {"model_dir": str(run_dir.root), "resume": False, "overwrite": False}
-            write_text(run_dir.config, yaml.safe_dump(flags, sort_keys=False))
-            history = _train(args, data, model, run_dir, device)
-            results |= {
-                "best_step": history.best["step"],
-                "steps": history.rows[-1]["step"],
-                "epochs": args.epochs,
-                "train_seconds": round(history.train_seconds, 2),
-                "examples_per_second": round(history.examples_per_second, 1),
-            }
-        results |= _evaluate(args, data, model, run_dir, device)
-        if args.baselines:
-            results["baselines"] = score_baselines(args, data)
-        if history is not None:
-            plots.learning_curves(
-                history.rows,
-                data.valid,
-                data.task.main_metric,
-                int(history.best["step"]),
-                run_dir.plots / "learning_curves.png",
-            )
-        results |= {
-            "parameters": n_param,
-            "seed": args.seed,
-            "device": device["accelerator"],
-            "precision": device["precision"],
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "lightning": lightning.__version__,
-            },
+        n_param = sum(p.numel() for p in model.parameters())
+        log.info("%s: %s examples; %s parameters; %s", data.task.spec.name, data.sizes(), f"{n_param:,}", run_dir.root)
+        history = None if args.test_only else _train(args, data, model, run_dir, device)
+        logits = {
+            split: predict(model, data, split, args, device) for split in data.splits if not split.startswith("train")
         }
+        results = _results(args, data, logits, history, run_dir) | _facts(args, n_param, device)
         write_json(run_dir.results, results)
+        if args.write_prediction:
+            for split, values in logits.items():
+                for path in write_predictions(data.task, split, data.splits[split], values, run_dir.predictions):
+                    log.info("wrote %s", path)
+        _plot(data, logits, history, run_dir)
         log.info("\n%s\n", results_table(results))
         log.info("everything is in %s", run_dir.root)
     return results
+
+
+def _results(
+    args: Args, data: Data, logits: dict[str, np.ndarray], history: History | None, run_dir: RunDir
+) -> dict[str, Any]:
+    """What was measured: training, every labelled split, and baselines where asked for."""
+    results: dict[str, Any] = {"task": data.task.spec.name}
+    if args.test_only and run_dir.results.is_file():  # a test adds to what is known of the run
+        results = json.loads(run_dir.results.read_text(encoding="utf-8"))
+    if history is not None:
+        results |= {
+            "best_step": history.best["step"],
+            "steps": history.rows[-1]["step"],
+            "epochs": args.epochs,
+            "train_seconds": round(history.train_seconds, 2),
+            "examples_per_second": round(history.examples_per_second, 1),
+        }
+    for split, values in logits.items():
+        if data.splits[split].labelled:
+            results[split] = data.task.score(values, data.splits[split].labels)
+    if args.baselines:
+        results["baselines"] = score_baselines(args, data)
+    return results
+
+
+def _facts(args: Args, n_param: int, device: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "parameters": n_param,
+        "seed": args.seed,
+        "device": device["accelerator"],
+        "precision": device["precision"],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        },
+    }
+
+
+def _plot(data: Data, logits: dict[str, np.ndarray], history: History | None, run_dir: RunDir) -> None:
+    if history is not None:
+        best = int(history.best["step"])
+        path = run_dir.plots / "learning_curves.png"
+        plots.learning_curves(history.rows, data.valid, data.task.main_metric, best, path)
+    spec = data.task.spec
+    for split, values in logits.items():
+        if not data.splits[split].labelled:
+            continue
+        pred, target, title = data.task.predict(values), data.splits[split].labels, f"{spec.name} {split}"
+        if spec.labels is None:
+            plots.regression_scatter(pred, target, title, run_dir.plots / f"scatter_{split}.png")
+        else:
+            names = spec.class_names or spec.labels
+            plots.confusion_matrix(pred, target, names, title, run_dir.plots / f"confusion_matrix_{split}.png")
 
 
 # ---- training and evaluation
@@ -119,6 +155,8 @@ def _collator(args: Args, model: FunnelTFM) -> Collator:
 
 def _train(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, device: dict[str, Any]) -> History:
     """Train, and load the best weights into `model`."""
+    flags = with_absolute_paths(args.flags() | {"model_dir": str(run_dir.root), "resume": False, "overwrite": False})
+    write_text(run_dir.config, yaml.safe_dump(flags, sort_keys=False))
     collator = _collator(args, model)
     workers: Any = {"num_workers": args.num_workers}
     train_loader = RunLoader(data.splits["train"], collator, args.train_bsz, args.epochs, args.seed, **workers)
@@ -144,12 +182,14 @@ def _train(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, device: di
         gradient_clip_val=args.clip or None,
         callbacks=callbacks,
         default_root_dir=run_dir.root,
+        plugins=[WholeCheckpoints()],
     )
-    if args.resume and not run_dir.last.is_file():
-        raise InputError(f"there is nothing to resume: no {run_dir.last}. Start without --resume.")
-    trainer.fit(
-        pipeline, train_loader, valid_loaders, ckpt_path=run_dir.last if args.resume else None, weights_only=True
-    )
+    try:
+        last_ckpt = run_dir.last if args.resume else None
+        trainer.fit(pipeline, train_loader, valid_loaders, ckpt_path=last_ckpt, weights_only=True)
+    except SystemExit:  # how Lightning leaves after Ctrl-C
+        hint = f"Go on with --resume --model_dir={run_dir.root}" if run_dir.last.is_file() else "Nothing was saved yet"
+        raise KeyboardInterrupt(f"{hint}.") from None
     state = torch.load(run_dir.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
 
@@ -157,50 +197,26 @@ def _train(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, device: di
     save_checkpoint(model, run_dir.model)
     model.net_config.to_json(run_dir.net_config)
     write_json(run_dir.labels, data.task.spec.labels)
-    shutil.copyfile(args.tokenizer_path, run_dir.model.with_name(Path(args.tokenizer_path).name))
+    vocabulary = Path(args.tokenizer_path).name
+    with atomic_path(run_dir.model.with_name(vocabulary)) as temporary:
+        temporary.write_bytes(data.vocabulary)
+    text = {"tokenizer_type": args.tokenizer_type, "cased": args.cased, "max_length": args.max_length}
+    write_json(run_dir.text_config, text | {"vocabulary": vocabulary})
     return history
 
 
-def _evaluate(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, device: dict[str, Any]) -> dict[str, Any]:
-    """Scores of every labelled split but train; pictures and predictions."""
-    scores = {}
-    task = data.task
-    for split, encoded in data.splits.items():
-        if split == "train":
-            continue
-        batch_size = args.test_bsz if split.startswith("test") else args.valid_bsz
-        logits = predict(model, task, encoded, _collator(args, model), batch_size, device)
-        if encoded.labelled:
-            scores[split] = task.score(logits, encoded.labels)
-            _plot_errors(task, split, logits, encoded, run_dir)
-        if args.write_prediction:
-            for path in write_predictions(task, split, encoded, logits, run_dir.predictions):
-                log.info("wrote %s", path)
-    return scores
-
-
-def _plot_errors(task: Classification, split: str, logits: np.ndarray, encoded: EncodedSplit, run_dir: RunDir) -> None:
-    pred, title = task.predict(logits), f"{task.spec.name} {split}"
-    if task.spec.labels is None:
-        plots.regression_scatter(pred, encoded.labels, title, run_dir.plots / f"scatter_{split}.png")
-    else:
-        names = task.spec.class_names or task.spec.labels
-        plots.confusion_matrix(pred, encoded.labels, names, title, run_dir.plots / f"confusion_matrix_{split}.png")
-
-
-def predict(
-    model: FunnelTFM,
-    task: Classification,
-    encoded: EncodedSplit,
-    collator: Collator,
-    batch_size: int,
-    device: dict[str, Any],
-) -> np.ndarray:
-    """Logits (N, C) of every example, in the order of the split."""
-    pipeline = Pipeline(model, task, None, 0, ())
-    loader = eval_loader(encoded, collator, batch_size)
+def predict(model: FunnelTFM, data: Data, split: str, args: Args, device: dict[str, Any]) -> np.ndarray:
+    """Logits (N, C) of every example of a split, in its order."""
+    batch_size = args.test_bsz if split.startswith("test") else args.valid_bsz
+    loader = eval_loader(data.splits[split], _collator(args, model), batch_size, num_workers=args.num_workers)
+    pipeline = Pipeline(model, data.task, args, 0, ())
     _trainer(device, enable_checkpointing=False).test(pipeline, loader, verbose=False)
     index, logits = (torch.cat(part) for part in zip(*pipeline.predictions, strict=True))
+    if not logits.isfinite().all():
+        raise InputError(
+            f"the model gives no numbers (NaN or infinity) on {split}. Its checkpoint is damaged, or its training "
+            f"diverged."
+        )
     return logits[index.argsort()].numpy()
 
 
@@ -223,6 +239,7 @@ def _log_file(args: Args, run_dir: RunDir) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, mode="a" if args.resume or args.test_only else "w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    run_dir.root.mkdir(parents=True, exist_ok=True)  # after the log file, which may be elsewhere and impossible
     logger = logging.getLogger("funneltfm")
     logger.addHandler(handler)
     try:

@@ -1,9 +1,10 @@
 """The flags of a finetuning run: frozen dataclasses whose attribute docstrings are the help texts. No torch here."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from funneltfm.errors import InputError
 from funneltfm.funnel.config import ModelConfig
@@ -192,10 +193,27 @@ def make_args(**flags: Any) -> Args:
     fields = flag_fields()
     if unknown := sorted(set(flags) - set(fields)):
         raise InputError(f"unknown flag {', '.join(unknown)}; `funneltfm classify --help` lists them.")
+    for name, value in flags.items():
+        flags[name] = _checked(name, fields[name], value)
     args = Args(**{name: field.default for name, field in fields.items()} | flags)
     args.given = frozenset(flags)
     _check(args)
     return args
+
+
+def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
+    """`value` if it is of the flag's type; whole numbers are taken for numbers."""
+    kinds = get_args(field.type) or (field.type,)
+    if get_origin(field.type) is Literal:
+        if value not in kinds:
+            raise InputError(f"{name} must be one of {', '.join(kinds)}; got {value!r}.")
+        return value
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kinds[0]]
+        raise InputError(f"{name} must be {expected}; got {value!r}.")
+    return value
 
 
 def _check(args: Args) -> None:
@@ -205,6 +223,8 @@ def _check(args: Args) -> None:
     for name in _NOT_NEGATIVE:
         if getattr(args, name) < 0:
             raise InputError(f"{name} must not be negative; got {getattr(args, name)}.")
+    if args.seed >= 2**32:
+        raise InputError(f"seed must be below 2^32; got {args.seed}.")
     if not 0 <= args.warmup_prop <= 1:
         raise InputError(f"warmup_prop must be between 0 and 1; got {args.warmup_prop}.")
     if args.min_lr > args.lr:

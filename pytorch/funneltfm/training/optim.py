@@ -25,12 +25,11 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, fused: bool = T
 def warmup_linear(step: int, total: int, warmup: int, min_ratio: float) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total`, as a share of the highest.
 
-    It rises linearly over `warmup` steps, the last of which has 1.0, then falls linearly to `min_ratio` at the
-    last step.
+    It rises linearly over `warmup` steps, the last of which has 1.0, then falls linearly; it would reach `min_ratio` at
+    step `total`, so that the last step still learns, and never falls below it.
     """
-    step += 1
-    if step <= warmup:
-        return step / warmup
+    if step < warmup:
+        return (step + 1) / warmup
     remaining = max(0, total - step) / max(1, total - warmup)
     return min_ratio + (1 - min_ratio) * remaining
 

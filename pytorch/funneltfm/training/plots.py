@@ -1,5 +1,6 @@
 """Pictures of a run, as PNG files."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from funneltfm.files import atomic_path
+
+# Beyond these many classes a matrix shows colours alone: no counts, then no names.
+_COUNTED, _NAMED = 30, 60
 
 
 def _figure(**kwargs: Any) -> tuple[Any, Any]:
@@ -20,7 +24,8 @@ def _figure(**kwargs: Any) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # class names in scripts the font lacks
         figure.savefig(temporary, dpi=120)
 
 
@@ -47,22 +52,28 @@ def learning_curves(
 
 
 def confusion_matrix(pred: np.ndarray, target: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
-    """Rows are the true classes, columns the predicted ones; colours are shares of a row, numbers are counts."""
+    """Rows are the true classes, columns the predicted ones; colours are shares of a row, numbers (of few classes)
+    counts.
+    """
     n = len(labels)
     counts = np.zeros((n, n), np.int64)
     np.add.at(counts, (target, pred), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = max(4.0, 0.6 * n + 2)
+    size = min(max(4.0, 0.6 * n + 2), 14.0)
     figure, subplots = _figure(figsize=(size + 1, size))
     axis = subplots()
     image = axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, label="share of the true class")
-    axis.set(title=title, xlabel="predicted", ylabel="true", xticks=range(n), yticks=range(n))
-    axis.set_xticklabels(labels, rotation=45 if n > 3 else 0, ha="right" if n > 3 else "center")
-    axis.set_yticklabels(labels)
-    for row, column in np.ndindex(n, n):
-        color = "white" if share[row, column] > 0.5 else "black"
-        axis.text(column, row, counts[row, column], ha="center", va="center", color=color)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_title(title, parse_math=False)
+    if n <= _NAMED:
+        names = [label if len(label) <= 20 else f"{label[:19]}~" for label in labels]
+        axis.set_xticks(range(n), names, parse_math=False, **({"rotation": 45, "ha": "right"} if n > 3 else {}))
+        axis.set_yticks(range(n), names, parse_math=False)
+    if n <= _COUNTED:
+        for row, column in np.ndindex(n, n):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axis.text(column, row, counts[row, column], ha="center", va="center", color=color)
     _save(figure, path)
 
 
@@ -73,5 +84,6 @@ def regression_scatter(pred: np.ndarray, target: np.ndarray, title: str, path: P
     axis.scatter(target, pred, s=6, alpha=0.5)
     ends = [min(target.min(), pred.min()), max(target.max(), pred.max())]
     axis.plot(ends, ends, color="gray", linestyle=":")
-    axis.set(title=title, xlabel="true", ylabel="predicted")
+    axis.set(xlabel="true", ylabel="predicted")
+    axis.set_title(title, parse_math=False)
     _save(figure, path)

@@ -56,6 +56,11 @@ class RunDir:
         return self.root / "best" / "labels.json"
 
     @property
+    def text_config(self) -> Path:
+        """How text becomes ids for the best model: kind of vocabulary, its file, cased, longest input."""
+        return self.root / "best" / "text_config.json"
+
+    @property
     def predictions(self) -> Path:
         return self.root / "predictions"
 
@@ -74,27 +79,22 @@ class RunDir:
             shutil.rmtree(self.root / name, ignore_errors=True)
 
 
-def find_run(model_dir: str | None, dataset: str, resume: bool, test_only: bool, overwrite: bool) -> RunDir:
+def find_run(model_dir: str | None, dataset: str, going_on: bool, overwrite: bool) -> RunDir:
     """The folder to use; an InputError where it would be the wrong one.
 
-    Without model_dir: the newest exp/DATASET/run_N to resume or test, else the next free number.
+    going_on: the run exists (to be resumed or tested). overwrite: it may exist (the caller clears it).
+    Without model_dir: the newest exp/DATASET/run_N to go on with, else the next free number.
     """
     if model_dir is None:
         parent = Path("exp") / dataset
         numbers = [int(m[1]) for p in parent.glob("run_*") if (m := re.fullmatch(r"run_(\d+)", p.name))]
-        going_on = resume or test_only
         if going_on and not numbers:
-            if test_only:
-                return RunDir(parent / "run_1")
-            raise InputError(f"there is no run to resume: no {parent}/run_N. Name the run's folder with --model_dir.")
+            raise InputError(f"there is no run in {parent} to go on with. Name the run's folder with --model_dir.")
         return RunDir(parent / f"run_{max(numbers, default=0) + (not going_on)}")
     run = RunDir(Path(model_dir))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"model_dir {run.root} is a file; it must be a folder, or the name of a new one.")
-    if resume or test_only or not run.exists():
-        return run
-    if overwrite:
-        run.clear()
+    if going_on or overwrite or not run.exists():
         return run
     raise InputError(
         f"{run.root} already holds a run. Give --resume to go on with it, --overwrite to remove it and start anew, "

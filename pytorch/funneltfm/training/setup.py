@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Data:
 
     task: Classification
     tokenizer: Tokenizer
+    vocabulary: bytes
+    """The tokenizer's file."""
     splits: dict[str, EncodedSplit]
 
     def sizes(self) -> str:
@@ -71,12 +74,25 @@ _FREE_ON_RESUME = {
 }
 
 
+_PATHS = ("data_dir", "output_dir", "tokenizer_path", "init_ckpt", "init_ckpt_config", "model_dir", "log_path")
+
+
+def with_absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags with paths that mean the same from any folder."""
+    return {name: os.path.abspath(v) if name in _PATHS and v is not None else v for name, v in flags.items()}
+
+
+def goes_on(args: Args) -> bool:
+    """Whether the run is there already: it is resumed, or its own model is tested."""
+    return args.resume or (args.test_only and args.init_ckpt is None)
+
+
 def with_run_flags(args: Args) -> Args:
     """Resuming or testing a run needs no more than its folder: what was not given now is taken from its config.yaml."""
-    if not args.resume and not (args.test_only and args.init_ckpt is None):
+    if not goes_on(args):
         return args
     name = task_name(args) if args.model_dir is None else ""
-    run_dir = find_run(args.model_dir, name, args.resume, args.test_only, overwrite=False)
+    run_dir = find_run(args.model_dir, name, going_on=True, overwrite=False)
     if not run_dir.config.is_file():
         return args
     dropped = {"resume", "overwrite"} | ({"init_ckpt", "init_ckpt_config"} if args.test_only else set())
@@ -88,7 +104,7 @@ def with_run_flags(args: Args) -> Args:
     given = {name: getattr(args, name) for name in args.given}
     if args.resume:
         for key in sorted(args.given - _FREE_ON_RESUME):
-            if key in saved and given[key] != saved[key]:
+            if key in saved and with_absolute_paths(given)[key] != saved[key]:
                 raise InputError(
                     f"the run in {run_dir.root} was started with --{key}={saved[key]}, so it cannot go on with "
                     f"--{key}={given[key]}. Leave the flag out, or start another run."
@@ -114,6 +130,11 @@ def load_data(args: Args) -> Data:
     spec = _spec(args)
     if args.tokenizer_path is None:
         raise InputError("name the vocabulary: --tokenizer_path (vocab.uncased.txt of a published checkpoint, say).")
+    if spec.labels is not None and len(spec.labels) < 2:
+        raise InputError(
+            f"the training data in {args.data_dir} has one class alone ({', '.join(spec.labels)}): there is nothing "
+            f"to learn. Is --label={args.label} the right column? For numbers to predict, give --regression."
+        )
     tokenizer = get_tokenizer(args.tokenizer_type, args.tokenizer_path, args.cased)
     encoding = EncodingConfig(args.max_length, args.seg_id_a, args.seg_id_b, args.seg_id_cls)
     wanted = [split for split in spec.splits if split != "train" or not args.test_only]
@@ -135,7 +156,7 @@ def load_data(args: Args) -> Data:
             args.overwrite_data,
             args.bad_rows,
         )
-    return Data(Classification(spec), tokenizer, splits)
+    return Data(Classification(spec), tokenizer, Path(args.tokenizer_path).read_bytes(), splits)
 
 
 def _present(spec: DatasetSpec, args: Args, split: str) -> bool:
