@@ -29,10 +29,10 @@ def test_warm_up_then_linear_decay() -> None:
     seen = rates(100, 0.1, lr=2e-3, min_lr=2e-4)
     assert seen[0] == pytest.approx(2e-4)  # lr / W
     assert seen[9] == pytest.approx(2e-3)  # the peak, at the last step of the warm-up
-    assert seen[-1] == pytest.approx(2e-4 + 1.8e-3 / 90)  # min_lr is where the next step would be
+    assert seen[-1] == pytest.approx(2e-4 + 1.8e-3 / 91)  # min_lr is where the next step would be
     rise, fall = torch.tensor(seen[:10]).diff(), torch.tensor(seen[9:]).diff()
     torch.testing.assert_close(rise, torch.full_like(rise, 2e-4))
-    torch.testing.assert_close(fall, torch.full_like(fall, -1.8e-3 / 90))
+    torch.testing.assert_close(fall, torch.full_like(fall, -1.8e-3 / 91))
 
 
 def test_no_warm_up() -> None:

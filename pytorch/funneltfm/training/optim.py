@@ -30,7 +30,8 @@ def warmup_linear(step: int, total: int, warmup: int, min_ratio: float) -> float
     """
     if step < warmup:
         return (step + 1) / warmup
-    remaining = max(0, total - step) / max(1, total - warmup)
+    peak = max(0, warmup - 1)
+    remaining = max(0, total - step) / max(1, total - peak)
     return min_ratio + (1 - min_ratio) * remaining
 
 
