@@ -18,8 +18,8 @@ class ConvertFlags:
     """Format of the source: TensorFlow, model.pt of the original, or transformers' Funnel. auto looks at the files."""
     to: Literal["pt", "hf", "tf"] = "pt"
     """Format of the target."""
-    config: str | None = None
-    """The source's config, where it does not lie beside the checkpoint."""
+    net_config: str | None = None
+    """The source's config (JSON), where it does not lie beside the checkpoint."""
     truncate_seq: bool = True
     """For configs that do not say: whether the model drops a token before pooling. The published models do."""
     attn_type: Literal["rel_shift", "factorized"] = "rel_shift"
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
         target,
         to=flags["to"],
         kind=kind,
-        config_path=Path(flags["config"]) if flags["config"] else None,
+        config_path=Path(flags["net_config"]) if flags["net_config"] else None,
         options=Options(flags["attn_type"], flags["truncate_seq"], flags["tf_python"]),
         drop_heads=flags["drop_heads"],
         overwrite=flags["overwrite"],

@@ -182,7 +182,8 @@ def _tensorflow(options: "Options", verb: str, *paths: Path) -> None:
 
 
 def read_hf(path: Path, config_path: Path | None, options: "Options") -> Parts:
-    return convert.from_hf(_read_tensors(path), _json(config_path or path / "config.json"))
+    config = _json(config_path or path / "config.json")
+    return convert.from_hf(_read_tensors(path), config)
 
 
 def write_hf(parts: Parts, folder: Path, options: "Options") -> None:
