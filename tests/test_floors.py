@@ -15,7 +15,16 @@ SOURCE = Path(__file__).resolve().parents[1] / "pytorch"
 # `funnel` stand on two floors and are named one by one.
 FLOORS = (
     ("errors", "files", "funnel", "funnel.config", "funnel.ops", "funnel.attention", "funnel.heads", "funnel.model"),
-    ("funnel.checkpoints", "funnel.convert", "funnel.formats", "funnel.hf", "lsg.*", "sparse.*", "data.*"),
+    (
+        "funnel.checkpoints",
+        "funnel.convert",
+        "funnel.formats",
+        "funnel.hf",
+        "registration",
+        "lsg.*",
+        "sparse.*",
+        "data.*",
+    ),
     ("metrics", "tasks.*"),
     ("training.*", "experiments.*"),
     ("cli.*",),

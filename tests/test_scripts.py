@@ -78,6 +78,22 @@ def test_setup_sh_is_quick_and_silent_when_nothing_has_changed(tmp_path: Path) -
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
+@NEEDS_VENV
+@pytest.mark.skipif(not (ROOT / ".venv-tf/bin/python").exists(), reason="no .venv-tf: bash scripts/setup_tf.sh")
+def test_convert_ckpt2pt_sh(tmp_path: Path) -> None:
+    case = ROOT.parent / "shared/fixtures/funnel/enc_2_2_2"
+    if not case.is_dir():
+        pytest.skip("needs ../shared/fixtures/funnel")
+    done = bash(ROOT / "scripts/convert_ckpt2pt.sh", case, "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "123 tensors" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.pt", "net_config.pytorch.json"}
+    done = bash(ROOT / "scripts/convert_ckpt2pt.sh", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
 def test_setup_sh_refuses_a_python_that_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     copy = tmp_path / "scripts/setup.sh"

@@ -7,6 +7,8 @@ the model only.
 import importlib
 from typing import Any
 
+from funneltfm.registration import register_with_transformers
+
 __version__ = "0.1.0"
 
 _FACE = {
@@ -15,11 +17,26 @@ _FACE = {
     "PUBLISHED_SIZES": "funneltfm.funnel.config",
     "canonical_length": "funneltfm.funnel.config",
     "load_checkpoint": "funneltfm.funnel.checkpoints",
+    "convert_checkpoint": "funneltfm.funnel.formats",
     "InputError": "funneltfm.errors",
     "get_tokenizer": "funneltfm.data.tokenization",
     "get_dataset": "funneltfm.data.readers",
     "classify": "funneltfm.training.classify",
 }
+# Citizens of `transformers` (the extra "hf"); the Auto classes know them as soon as it is imported.
+_FACE |= dict.fromkeys(
+    (
+        "FunnelTFMConfig",
+        "FunnelTFMModel",
+        "FunnelTFMForPreTraining",
+        "FunnelTFMForMaskedLM",
+        "FunnelTFMForSequenceClassification",
+        "FunnelTFMForMultipleChoice",
+        "FunnelTFMForTokenClassification",
+        "FunnelTFMForQuestionAnswering",
+    ),
+    "funneltfm.funnel.hf",
+)
 __all__ = sorted(_FACE)
 
 
@@ -31,3 +48,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+register_with_transformers()

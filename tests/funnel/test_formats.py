@@ -12,7 +12,7 @@ import torch
 from funneltfm import FunnelTFM, InputError, ModelConfig
 from funneltfm.funnel.checkpoints import save_checkpoint
 from funneltfm.funnel.formats import FORMATS, Options, convert_checkpoint, detect, read_pt, verify
-from funneltfm.funnel.heads import TokenDetectionHead
+from funneltfm.funnel.heads import MaskedLMHead, TokenDetectionHead
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT.parent / "shared/fixtures/funnel"
@@ -100,6 +100,28 @@ def test_heads_and_generator_survive_in_pt(tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
     _, report = convert_checkpoint(source, tmp_path / "hf", to="hf", drop_heads=True)
     assert any("left out on request" in line for line in report)
+
+
+@pytest.mark.parametrize("head", [None, "detection_head", "lm_head", "cls_head"])
+def test_funneltfm_folders_load_with_the_auto_classes(tmp_path: Path, head: str | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    auto = {"detection_head": "PreTraining", "lm_head": "MaskedLM", "cls_head": "SequenceClassification"}
+    source = pt_folder(tmp_path / "pt", dataclasses.replace(TINY, num_class=3), cls_target=head == "cls_head")
+    module = {"detection_head": TokenDetectionHead(16, "gelu"), "lm_head": MaskedLMHead(16, 16, 19, "gelu")}.get(
+        head or ""
+    )
+    if module is not None:
+        torch.save({f"{head}.{k}": v for k, v in module.state_dict().items()}, source / "heads.pt")
+    parts, _ = convert_checkpoint(source, tmp_path / "ours", to="funneltfm")
+    assert detect(tmp_path / "ours") == "funneltfm"
+    cls = getattr(transformers, f"AutoModelFor{auto[head]}" if head else "AutoModel")
+    model, loading = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(model).__name__.startswith("FunnelTFM")
+    assert not any(loading.values()), loading
+    convert_checkpoint(tmp_path / "ours", tmp_path / "again", to="pt")
+    again = read_pt(tmp_path / "again", None, Options())
+    assert same(again.core, parts.core)
+    assert same(again.heads, parts.heads)
 
 
 def test_the_target_is_not_overwritten_unasked(tmp_path: Path) -> None:

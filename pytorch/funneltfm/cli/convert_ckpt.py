@@ -14,9 +14,11 @@ from funneltfm.cli.flags import FlagParser
 class ConvertFlags:
     """Conversion"""
 
-    from_: Literal["auto", "tf", "pt", "hf"] = "auto"
-    """Format of the source: TensorFlow, model.pt of the original, or transformers' Funnel. auto looks at the files."""
-    to: Literal["pt", "hf", "tf"] = "pt"
+    from_: Literal["auto", "tf", "pt", "hf", "funneltfm"] = "auto"
+    """Format of the source: TensorFlow, model.pt of the original, transformers' Funnel, or our own FunnelTFMFor...
+    folders.
+    auto looks at the files."""
+    to: Literal["pt", "hf", "funneltfm", "tf"] = "pt"
     """Format of the target."""
     net_config: str | None = None
     """The source's config (JSON), where it does not lie beside the checkpoint."""

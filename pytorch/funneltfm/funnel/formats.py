@@ -213,6 +213,46 @@ def _write_tensors(state: dict[str, Tensor], folder: Path) -> None:
     save_file(_plain(state), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+# ---- funneltfm: FunnelTFMFor... of funnel.hf
+
+
+def read_funneltfm(path: Path, config_path: Path | None, options: "Options") -> Parts:
+    from funneltfm.funnel.hf import FunnelTFMConfig
+
+    config = FunnelTFMConfig.from_dict(_json(config_path or path / "config.json")).net_config()
+    state = {name.removeprefix("funnel."): tensor for name, tensor in _read_tensors(path).items()}
+    core = {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+    heads = {name: tensor for name, tensor in state.items() if not name.startswith("net.")}
+    if not any(name.startswith(f"attn_layers.{convert.n_layers(config)[0]}.") for name in core):
+        config = replace(config, decoder_size="0")
+    if wrong := sorted(set(convert.core_shapes(config)) ^ set(core)):
+        raise InputError(f"{path} does not fit its config.json (first {wrong[0]}).")
+    convert.check_shapes(core, config)
+    generator = read_funneltfm(path / "generator", None, options) if (path / "generator").is_dir() else None
+    return Parts(config, core, heads, generator)
+
+
+def write_funneltfm(parts: Parts, folder: Path, options: "Options") -> None:
+    from funneltfm.funnel.hf import FunnelTFMConfig
+
+    names = sorted({name.split(".")[0] for name in parts.heads})
+    if len(names) > 1 or not set(names) <= set(convert.HF_CLASSES):
+        raise InputError(
+            f"a FunnelTFMFor... model has one head of {', '.join(convert.HF_CLASSES)}; got {', '.join(names)}."
+        )
+    suffix = convert.HF_CLASSES[names[0]].removeprefix("Funnel") if names else "Model"
+    keys: dict[str, Any] = {"architectures": [f"FunnelTFM{suffix}"]}
+    if names == ["lm_head"]:
+        keys["lm_transform"] = "lm_head.dense.weight" in parts.heads
+    if names == ["token_head"]:
+        keys["num_labels"] = len(parts.heads["token_head.dense.bias"])
+    prefix = "funnel.net." if names else "net."
+    _write_tensors({f"{prefix}{name}": tensor for name, tensor in parts.core.items()} | parts.heads, folder)
+    FunnelTFMConfig.from_net_config(parts.config, **keys).save_pretrained(folder)
+    if parts.generator is not None:
+        write_funneltfm(parts.generator, folder / "generator", options)
+
+
 # ---- all of them
 
 
@@ -239,6 +279,7 @@ FORMATS: dict[str, Format] = {
     "pt": Format(read_pt, write_pt),
     "tf": Format(read_tf, write_tf),
     "hf": Format(read_hf, write_hf),
+    "funneltfm": Format(read_funneltfm, write_funneltfm),
 }
 
 
