@@ -17,10 +17,15 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # not there, or l
     "$PYTHON" -m venv --clear "$VENV"
 fi
 
-# What an installation depends on; the stamp is written when it has succeeded.
+# What an installation depends on; the stamp is written when it has succeeded. dev includes test, and any of them nothing.
 STAMP=$VENV/.setup-${EXTRAS//[^a-z]/_}
 WANTED=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" <("$VENV/bin/python" -VV) | sha256sum)
-if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
+case $EXTRAS in
+    "") stamps=("$VENV"/.setup-*) ;;
+    test) stamps=("$STAMP" "$VENV/.setup-dev") ;;
+    *) stamps=("$STAMP") ;;
+esac
+if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF "$WANTED"; then
     echo "setup: installing (the first time takes some minutes)" >&2
     # torch first and pinned, so that no other package chooses its build.
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" torch

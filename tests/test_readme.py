@@ -42,6 +42,7 @@ def copy(tmp_path: Path) -> Path:
         else:
             shutil.copy(source, tmp_path / name)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    (tmp_path / "scripts/setup.sh").write_text("")  # it would install the copy into the environment that runs this test
     return tmp_path
 
 

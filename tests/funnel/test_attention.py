@@ -110,7 +110,7 @@ def case(model, q_pos, k_pos, with_segments, seed=0):
         pos_enc=ATTN_TYPES[config.attn_type].encode(q_pos, k_pos, config.d_model, KEEP, query),
         input_mask=k_mask,
         same_segment=same if with_segments else None,
-        separate_cls=config.separate_cls,
+        func_mask=config.separate_cls,
     )
     return query, key, q_seg, k_seg, k_mask, structure
 

@@ -27,6 +27,7 @@ KEYS = {  # key: (default, another value)
     "pool_q_only": (False, True),
     "separate_cls": (False, True),
     "attn_type": ("rel_shift", "factorized"),
+    "func_mask": ("separate_cls", "always"),
     "truncate_seq": (False, True),
     "ff_activation": ("gelu", "relu"),
     "decoder_size": ("0", "1x2"),

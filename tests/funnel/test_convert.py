@@ -36,7 +36,7 @@ TINY = ModelConfig(
 
 def random_core(config: ModelConfig) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in core_shapes(config).items()}
+    return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in core_shapes(config).items()}
 
 
 def random_head(module: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -212,3 +212,30 @@ def test_tables_name_real_parameters() -> None:
     assert set(tf_names(TINY)) == set(hf_names(TINY)) == set(core_shapes(TINY))
     for table in (TF_HEADS, HF_HEADS):
         assert len(set(table.values())) == len(table)
+
+
+def test_tensorflow_masks_the_first_token_without_separate_cls_too() -> None:
+    """With func_mask "always" the first token sees no positions and no segments, as the TensorFlow code computes."""
+    config = dataclasses.replace(TINY, separate_cls=False, truncate_seq=False, block_size="1", decoder_size="0")
+    parts = from_tf(to_tf(Parts(config, random_core(config))), config)
+    assert parts.config.func_mask == "always"
+    model = FunnelTFM(parts.config, cls_target=False).eval()
+    model.load_state_dict(parts.core)
+    inputs = torch.tensor([[3, 4, 5, 6, 7]])
+    swapped = torch.tensor([[3, 6, 5, 4, 7]])
+    seg_id = torch.zeros_like(inputs)
+    with torch.no_grad():
+        first, other = (model.extract_hiddens(x, seg_id=seg_id)[0][-1][0] for x in (inputs, swapped))
+        torch.testing.assert_close(first[0], other[0])  # order says nothing to the first token
+        assert not torch.allclose(first[2], other[2])
+        plain = FunnelTFM(config, cls_target=False).eval()
+        plain.load_state_dict(parts.core)
+        first, other = (plain.extract_hiddens(x, seg_id=seg_id)[0][-1][0] for x in (inputs, swapped))
+        assert not torch.allclose(first[0], other[0])
+    with pytest.raises(InputError, match="func_mask"):
+        config_to_hf(parts.config)
+    factorized = FunnelTFM(dataclasses.replace(parts.config, attn_type="factorized"), cls_target=False).eval()
+    factorized.load_state_dict(parts.core)
+    with torch.no_grad():
+        a, b = (net.extract_hiddens(inputs, seg_id=seg_id)[0][-1] for net in (model, factorized))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

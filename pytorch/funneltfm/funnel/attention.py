@@ -36,8 +36,8 @@ class AttentionStructure:
     """(B, Tk) bool, True = pad."""
     same_segment: Tensor | None
     """(B, Tq, Tk) bool, or None to leave the segment term out."""
-    separate_cls: bool
-    """Position and segment terms are zero in the row and the column of the first token (func_mask)."""
+    func_mask: bool
+    """Position and segment terms are zero in the row and the column of the first token."""
 
 
 def encode_rel_shift(
@@ -141,6 +141,6 @@ class RelMultiheadAttention(nn.Module):
             by_segment = (q + self._scaled(self.r_s_bias)) @ self.seg_embed.permute(1, 2, 0)  # (B, N, Tq, 2)
             different, same = by_segment.chunk(2, dim=-1)
             bias = bias + torch.where(structure.same_segment[:, None], same, different)
-        if structure.separate_cls:
+        if structure.func_mask:
             bias = F.pad(bias[:, :, 1:, 1:], (1, 0, 1, 0))
         return bias

@@ -15,6 +15,7 @@ from funneltfm.files import write_json
 AttnType = Literal["rel_shift", "factorized"]
 PoolingType = Literal["mean", "max", "min"]
 Activation = Literal["gelu", "relu"]
+FuncMask = Literal["separate_cls", "always"]
 
 # Paper, table 1 and appendix: d_model by name; heads of 64, d_inner = 4 d_model.
 WIDTHS: dict[str, dict[str, int]] = {
@@ -108,6 +109,10 @@ class ModelConfig:
     """Keep the first token ([CLS]) out of pooling, and its position and segment out of attention."""
     attn_type: AttnType = "rel_shift"
     """How the relative position term is computed; both give the same numbers."""
+    func_mask: FuncMask = "separate_cls"
+    """When the position and segment terms of the first token are zero: with separate_cls, or always, as in the
+    TensorFlow
+    code. Only models of that code that were trained without separate_cls need 'always'."""
     truncate_seq: bool = False
     """With separate_cls: drop pooling_size - 1 tokens at the end before pooling, so that lengths stay even."""
     ff_activation: Activation = "gelu"

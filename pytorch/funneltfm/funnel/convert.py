@@ -156,6 +156,8 @@ def from_tf(variables: dict[str, Tensor], config: ModelConfig) -> Parts:
     for name in left:
         del variables[name]
     used: set[str] = set()
+    if not config.separate_cls:  # that code masks the first token all the same
+        config = dataclasses.replace(config, func_mask="always")
     parts = _from_tf_scope(variables, _with_found_decoder(variables, config, "model"), "model", used)
     if any(name.startswith("generator/") for name in variables):
         generator = _generator_config(variables, parts.config)
@@ -322,6 +324,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         f"pooling_size {config.pooling_size}": config.pooling_size != 2,
         f"pooling_type {config.pooling_type}": config.pooling_type not in ("mean", "max"),
         f"decoder repeats ({config.decoder_size})": config.decoder[1] > 1,
+        f"func_mask {config.func_mask}": config.func_mask == "always" and not config.separate_cls,
     }
     if bad := [what for what, is_so in refused.items() if is_so]:
         raise InputError(f"transformers' Funnel cannot express {', '.join(bad)}; convert to funneltfm instead.")

@@ -153,7 +153,7 @@ def _tf_config(config: ModelConfig) -> dict[str, Any]:
     """net_config.json as the TensorFlow code reads it."""
     keys = config.to_dict()
     keys["rel_attn_type"] = keys.pop("attn_type")
-    for outside in ("truncate_seq", "num_class", "seg_id_cls", "pad_id"):
+    for outside in ("truncate_seq", "num_class", "seg_id_cls", "pad_id", "func_mask"):
         del keys[outside]
     return keys | {"init": "truncated_normal", "init_range": 0.1, "init_std": 0.02}
 

@@ -165,7 +165,7 @@ class FunnelTFM(nn.Module):
             pos_enc=encode(query.pos, key.pos, config.d_model, self.pos_dropout, like),
             input_mask=key.input_mask,
             same_segment=self._same_segment(query.seg_id, key.seg_id),
-            separate_cls=config.separate_cls,
+            func_mask=config.separate_cls or config.func_mask == "always",
         )
 
     # ---- the funnel
