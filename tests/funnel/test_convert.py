@@ -22,7 +22,7 @@ from funneltfm.funnel.convert import (
     to_hf,
     to_tf,
 )
-from funneltfm.funnel.heads import MaskedLMHead, SummaryHead, TokenDetectionHead
+from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, SummaryHead, TokenDetectionHead
 
 FIXTURES = Path(__file__).resolve().parents[2].parent / "shared/fixtures/funnel"
 NEEDS_FIXTURES = pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs ../shared/fixtures/funnel")
@@ -81,6 +81,15 @@ def test_tf_round_trip(config: ModelConfig) -> None:
     assert equal(again.core, parts.core)
     assert equal(again.heads, parts.heads)
     assert again.config == config
+
+
+def test_tf_round_trip_of_the_beam_head() -> None:
+    heads = random_head(BeamSpanHead(16, 0.1), "beam_head")
+    assert set(heads) == {name for name in TF_HEADS if name.startswith("beam_head.")}
+    parts = Parts(TINY, random_core(TINY), heads)
+    variables = to_tf(parts)
+    assert variables["model/end_logits/dense_0/kernel"].shape == (32, 16)
+    assert equal(from_tf(variables, TINY).heads, heads)
 
 
 def test_tf_round_trip_with_generator_and_training_variables() -> None:
@@ -170,6 +179,12 @@ def test_hf_refuses_what_it_cannot_express(change: dict, message: str) -> None:
 def test_hf_refuses_a_transformed_lm_head() -> None:
     parts = Parts(TINY, random_core(TINY), random_head(MaskedLMHead(16, 16, 19, "gelu"), "lm_head"))
     with pytest.raises(InputError, match=r"no lm_head\.dense"):
+        to_hf(parts)
+
+
+def test_hf_refuses_the_beam_head() -> None:
+    parts = Parts(TINY, random_core(TINY), random_head(BeamSpanHead(16, 0.1), "beam_head"))
+    with pytest.raises(InputError, match="transformers' Funnel has no beam_head; convert to funneltfm, which has"):
         to_hf(parts)
 
 

@@ -12,7 +12,7 @@ import torch
 from funneltfm import FunnelTFM, InputError, ModelConfig
 from funneltfm.funnel.checkpoints import save_checkpoint
 from funneltfm.funnel.formats import FORMATS, Options, convert_checkpoint, detect, read_pt, verify
-from funneltfm.funnel.heads import MaskedLMHead, TokenDetectionHead
+from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, TokenDetectionHead, TokenHead
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT.parent / "shared/fixtures/funnel"
@@ -102,14 +102,23 @@ def test_heads_and_generator_survive_in_pt(tmp_path: Path) -> None:
     assert any("left out on request" in line for line in report)
 
 
-@pytest.mark.parametrize("head", [None, "detection_head", "lm_head", "cls_head"])
+@pytest.mark.parametrize("head", [None, "detection_head", "lm_head", "cls_head", "qa_head", "beam_head"])
 def test_funneltfm_folders_load_with_the_auto_classes(tmp_path: Path, head: str | None) -> None:
     transformers = pytest.importorskip("transformers")
-    auto = {"detection_head": "PreTraining", "lm_head": "MaskedLM", "cls_head": "SequenceClassification"}
+    auto = {
+        "detection_head": "PreTraining",
+        "lm_head": "MaskedLM",
+        "cls_head": "SequenceClassification",
+        "qa_head": "QuestionAnswering",
+        "beam_head": "QuestionAnswering",
+    }
     source = pt_folder(tmp_path / "pt", dataclasses.replace(TINY, num_class=3), cls_target=head == "cls_head")
-    module = {"detection_head": TokenDetectionHead(16, "gelu"), "lm_head": MaskedLMHead(16, 16, 19, "gelu")}.get(
-        head or ""
-    )
+    module = {
+        "detection_head": TokenDetectionHead(16, "gelu"),
+        "lm_head": MaskedLMHead(16, 16, 19, "gelu"),
+        "qa_head": TokenHead(16, 2, 0.1),
+        "beam_head": BeamSpanHead(16, 0.1),
+    }.get(head or "")
     if module is not None:
         torch.save({f"{head}.{k}": v for k, v in module.state_dict().items()}, source / "heads.pt")
     parts, _ = convert_checkpoint(source, tmp_path / "ours", to="funneltfm")
@@ -118,10 +127,23 @@ def test_funneltfm_folders_load_with_the_auto_classes(tmp_path: Path, head: str 
     model, loading = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(model).__name__.startswith("FunnelTFM")
     assert not any(loading.values()), loading
+    assert model.config.qa_head == ("beam" if head == "beam_head" else "plain")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in parts.heads.items())
     convert_checkpoint(tmp_path / "ours", tmp_path / "again", to="pt")
     again = read_pt(tmp_path / "again", None, Options())
     assert same(again.core, parts.core)
     assert same(again.heads, parts.heads)
+
+
+def test_the_beam_head_is_refused_by_transformers_funnel(tmp_path: Path) -> None:
+    source = pt_folder(tmp_path / "pt")
+    torch.save({f"beam_head.{k}": v for k, v in BeamSpanHead(16, 0.1).state_dict().items()}, source / "heads.pt")
+    with pytest.raises(InputError, match="no beam_head; convert to funneltfm"):
+        convert_checkpoint(source, tmp_path / "hf", to="hf")
+    assert not (tmp_path / "hf").exists()
+    parts, _ = convert_checkpoint(source, tmp_path / "hf", to="hf", drop_heads=True)
+    assert not parts.heads
 
 
 def test_the_target_is_not_overwritten_unasked(tmp_path: Path) -> None:
@@ -251,6 +273,27 @@ def test_tf_pt_hf_pt_tf_is_bit_equal(tmp_path: Path) -> None:
     assert {key: written[key] for key in original if key != "rel_attn_type"} == {
         key: original[key] for key in original if key != "rel_attn_type"
     }
+
+
+@pytest.mark.slow
+@NEEDS_TF
+def test_a_tensorflow_squad_checkpoint_answers_questions(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = pt_folder(tmp_path / "pt")
+    torch.save({f"beam_head.{k}": v for k, v in BeamSpanHead(16, 0.1).state_dict().items()}, source / "heads.pt")
+    first, _ = convert_checkpoint(source, tmp_path / "tf", to="tf", options=OPTIONS)
+    convert_checkpoint(tmp_path / "tf", tmp_path / "ours", to="funneltfm", options=OPTIONS)
+    model, loading = transformers.AutoModelForQuestionAnswering.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    state = model.state_dict()
+    assert same({name: state[name] for name in first.heads}, first.heads)
+    output = model(torch.arange(1, 18)[None])
+    assert output.start_top_index.shape == (1, 5)
+    assert output.end_top_index.shape == (1, 25)
+    again, _ = convert_checkpoint(tmp_path / "ours", tmp_path / "tf_again", to="tf", options=OPTIONS)
+    assert same(again.core | again.heads, first.core | first.heads)
 
 
 @pytest.mark.slow

@@ -1,10 +1,18 @@
 """Heads: shapes, the formulas by hand, masks."""
 
+import copy
+
+import pytest
 import torch
 
 from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, SummaryHead, TokenDetectionHead, TokenHead
 
 B, T, D, V = 2, 5, 8, 11
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def hidden() -> torch.Tensor:
@@ -25,7 +33,7 @@ def test_masked_lm_is_tied_and_transformed() -> None:
     with torch.no_grad():
         head.bias += torch.arange(V)
     x = torch.relu(hidden() @ head.dense.weight + head.dense.bias)
-    x = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, unbiased=False)
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-9).sqrt()  # a row may be 0
     torch.testing.assert_close(head(hidden(), table), x @ table.t() + torch.arange(V), rtol=1e-4, atol=1e-5)
 
 
@@ -63,6 +71,20 @@ def test_beam_span_end_depends_on_the_start_and_masks_hold() -> None:
     torch.testing.assert_close(ends[1, 1, 2], (y @ head.end_dense_1.weight + head.end_dense_1.bias)[0])
 
 
+def test_beam_span_starts_and_ends_may_be_added_in_any_precision() -> None:
+    head = BeamSpanHead(D, dropout=0.0)
+    p_mask = torch.zeros(B, T, dtype=torch.bool)
+    p_mask[:, 1] = True
+    for dtype in (torch.float16, torch.bfloat16):
+        half = copy.deepcopy(head).to(dtype)
+        for run, x in ((half, hidden().to(dtype)), (head, hidden())):
+            with torch.autocast("cpu", dtype, enabled=run is head):
+                start, end = run.start_logits(x, p_mask), run.end_logits(x, torch.zeros(B, 1, dtype=torch.long), p_mask)
+            total = start + end[:, 0]
+            assert total.isfinite().all()
+            assert not total.float().softmax(-1)[p_mask].any()
+
+
 def test_beam_span_answerability() -> None:
     head = BeamSpanHead(D, dropout=0.0)
     x = hidden()
@@ -70,4 +92,5 @@ def test_beam_span_answerability() -> None:
     weights[:, 3] = 1.0
     pair = torch.cat([x[:, 3], x[:, 0]], dim=-1)
     expected = torch.tanh(pair @ head.answer_dense_0.weight + head.answer_dense_0.bias) @ head.answer_dense_1.weight
-    torch.testing.assert_close(head.answer_logits(x, weights), expected[:, 0])
+    torch.testing.assert_close(head.answer_logits(x, weights, x[:, 0]), expected[:, 0])
+    assert not torch.allclose(head.answer_logits(x, weights, x[:, 1]), expected[:, 0])

@@ -804,6 +804,346 @@ def test_trainer(cls, config, tmp_path):
     assert_same(model.eval(), cls.from_pretrained(tmp_path / "checkpoint-2"))
 
 
+# ---- the beam head
+
+
+def beam_by_hand(model, batch, p_mask):
+    """For every row: its allowed columns, start log probabilities, those of ends given each start, answerability."""
+    with torch.no_grad():
+        hidden = model.funnel(**batch).last_hidden_state.double()
+    w = {name: x.detach().double() for name, x in model.beam_head.state_dict().items()}
+    rows = []
+    for h, mask, p in zip(hidden, batch["attention_mask"].tolist(), p_mask.tolist(), strict=True):
+        allowed = [t for t in range(len(mask)) if mask[t] and not p[t]]
+        starts = torch.stack([h[t] @ w["start.weight"][:, 0] + w["start.bias"][0] for t in allowed])
+        ends = []
+        for i in allowed:
+            logits = []
+            for j in allowed:
+                x = torch.tanh(torch.cat([h[j], h[i]]) @ w["end_dense_0.weight"] + w["end_dense_0.bias"])
+                x = (x - x.mean()) / (x.var(unbiased=False) + 1e-9).sqrt()
+                x = x * w["end_layer_norm.weight"] + w["end_layer_norm.bias"]
+                logits.append((x @ w["end_dense_1.weight"] + w["end_dense_1.bias"])[0])
+            logits = torch.stack(logits)
+            ends.append(dict(zip(allowed, (logits - logits.exp().sum().log()).tolist(), strict=True)))
+        log_probs = starts - starts.exp().sum().log()
+        weighted = sum(p * h[t] for p, t in zip(log_probs.exp(), allowed, strict=True))
+        x = torch.cat([weighted, h[mask.index(1)]]) @ w["answer_dense_0.weight"] + w["answer_dense_0.bias"]
+        answer = (torch.tanh(x) @ w["answer_dense_1.weight"]).item()
+        starts_by_column = dict(zip(allowed, log_probs.tolist(), strict=True))
+        rows.append((starts_by_column, dict(zip(allowed, ends, strict=True)), answer))
+    return rows
+
+
+def beam_batch(side="right", length=12, lengths=(5, 9, 12)):
+    """A batch, and a p_mask that rules out two tokens of every sentence."""
+    rows = sentences(lengths)
+    p_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        first = 0 if side == "right" else length - len(row)
+        p_mask[i, first + 1 : first + 3] = 1
+    return batch_of(rows, length, side), p_mask
+
+
+@pytest.fixture
+def beam(make):
+    return lambda **keys: make(FunnelTFMForQuestionAnswering, qa_head="beam", **keys)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_beam_of_all_columns_is_exhaustive(side, beam):
+    batch, p_mask = beam_batch(side)
+    model = beam(start_n_top=12, end_n_top=12)
+    output = model(**batch, p_mask=p_mask)
+    assert output.start_top_index.shape == (3, 12)
+    assert output.end_top_index.shape == output.end_top_log_probs.shape == (3, 144)
+    for i, (starts, ends, answer) in enumerate(beam_by_hand(model, batch, p_mask)):
+        expected = {(s, e): starts[s] + ends[s][e] for s in starts for e in ends[s]}
+        assert sum(math.exp(x) for x in expected.values()) == pytest.approx(1)
+        got = {}
+        for number, (e, log_prob) in enumerate(
+            zip(output.end_top_index[i].tolist(), output.end_top_log_probs[i].tolist(), strict=True)
+        ):
+            s = output.start_top_index[i, number // 12].item()
+            got[s, e] = output.start_top_log_probs[i, number // 12].item() + log_prob
+        assert len(got) == 144
+        assert {pair for pair, log_prob in got.items() if math.exp(log_prob) > 0} == set(expected)
+        assert max(got, key=got.get) == max(expected, key=expected.get)
+        for pair, log_prob in expected.items():
+            assert got[pair] == pytest.approx(log_prob, abs=1e-4)
+        assert output.cls_logits[i].item() == pytest.approx(answer, abs=1e-4)
+
+
+@pytest.mark.parametrize(("n_start", "n_end"), [(1, 1), (2, 3), (5, 2)])
+def test_beam_keeps_the_best_starts_and_the_best_ends_of_each(n_start, n_end, beam):
+    batch, p_mask = beam_batch("left")
+    model = beam(start_n_top=n_start, end_n_top=n_end)
+    output = model(**batch, p_mask=p_mask)
+    assert output.start_top_index.shape == (3, n_start)
+    assert output.end_top_index.shape == (3, n_start * n_end)
+    for i, (starts, ends, _) in enumerate(beam_by_hand(model, batch, p_mask)):
+        best = sorted(starts, key=starts.get, reverse=True)[:n_start]
+        n = len(best)  # the shortest row has three columns where an answer can be
+        assert output.start_top_index[i, :n].tolist() == best
+        torch.testing.assert_close(
+            output.start_top_log_probs[i, :n], torch.tensor([starts[s] for s in best]), rtol=0, atol=1e-4
+        )
+        best_ends = [sorted(ends[s], key=ends[s].get, reverse=True)[:n_end] for s in best]
+        assert output.end_top_index[i].unflatten(0, (n_start, n_end))[:n].tolist() == best_ends
+        expected = torch.tensor([[ends[s][e] for e in row] for s, row in zip(best, best_ends, strict=True)])
+        torch.testing.assert_close(
+            output.end_top_log_probs[i].unflatten(0, (n_start, n_end))[:n], expected, rtol=0, atol=1e-4
+        )
+        assert not output.start_top_log_probs[i, n:].exp().any()
+        # What users of the plain head read: the starts, and the ends of the best one.
+        for logits, log_probs in ((output.start_logits, starts), (output.end_logits, ends[best[0]])):
+            expected = torch.zeros(12).scatter(0, torch.tensor([*log_probs]), torch.tensor([*log_probs.values()]).exp())
+            torch.testing.assert_close(logits[i].softmax(-1), expected, rtol=0, atol=1e-4)
+    assert (output.start_logits + output.end_logits).isfinite().all()
+
+
+def test_beam_losses_by_hand(beam):
+    batch, p_mask = beam_batch("left")  # sentences begin at columns 7, 3 and 0
+    model = beam(start_n_top=2, end_n_top=2)
+    by_hand = beam_by_hand(model, batch, p_mask)
+    labels = {"start_positions": torch.tensor([10, 3, 4]), "end_positions": torch.tensor([11, 3, 9])}
+    s = [-row[0][at] for row, at in zip(by_hand, (10, 3, 4), strict=True)]
+    e = [-row[1][at][to] for row, at, to in zip(by_hand, (10, 3, 4), (11, 3, 9), strict=True)]
+    spans = (sum(s) / 3 + sum(e) / 3) / 2
+    loss = model(**batch, p_mask=p_mask, **labels).loss
+    assert loss.item() == pytest.approx(spans, abs=1e-4)
+
+    def answer_loss(x, impossible):
+        p = 1 / (1 + math.exp(-x))
+        return -math.log(p if impossible else 1 - p)
+
+    answers = [answer_loss(row[2], impossible) for row, impossible in zip(by_hand, (0, 1, 0), strict=True)]
+    for form in (torch.tensor([0, 1, 0]), torch.tensor([[0.0], [1], [0]]), torch.tensor([False, True, False])):
+        loss = model(**batch, p_mask=p_mask, **labels, is_impossible=form).loss
+        assert loss.item() == pytest.approx(spans + 0.5 * sum(answers) / 3, abs=1e-4)
+    columns = {name: x[:, None] for name, x in labels.items()}
+    assert model(**batch, p_mask=p_mask, **columns, is_impossible=form).loss == loss
+
+    none = torch.tensor([0, -100, -100])
+    loss = model(**batch, p_mask=p_mask, **labels, is_impossible=none).loss
+    assert loss.item() == pytest.approx(spans + 0.5 * answers[0], abs=1e-4)
+    for outside in (12, 400, -100, -1):
+        labels = {"start_positions": torch.tensor([10, 3, outside]), "end_positions": torch.tensor([outside, 3, 9])}
+        # The end of the first is outside; that of the last is given a start which is not there.
+        expected = ((s[0] + s[1]) / 2 + e[1]) / 2
+        assert model(**batch, p_mask=p_mask, **labels).loss.item() == pytest.approx(expected, abs=1e-4)
+        labels = {name: torch.full((3,), outside) for name in labels}
+        assert model(**batch, p_mask=p_mask, **labels).loss == 0
+        loss = model(**batch, p_mask=p_mask, **labels, is_impossible=torch.tensor([0, 1, 0])).loss
+        assert loss.item() == pytest.approx(0.5 * sum(answers) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_beam_gives_the_same_in_any_batch(side, beam):
+    model = beam(start_n_top=3, end_n_top=2)
+    batch, p_mask = beam_batch(side, length=15, lengths=(6, 9, 12))
+    labels = {"start_positions": torch.tensor([3, 0, 4]), "end_positions": torch.tensor([5, 0, 9])}
+    first = torch.tensor([0, 0, 0] if side == "right" else [9, 6, 3])
+    output = model(
+        **batch,
+        p_mask=p_mask,
+        **{name: x + first for name, x in labels.items()},
+        is_impossible=torch.tensor([0, 1, 0]),
+    )
+    losses = []
+    for i, n in enumerate((6, 9, 12)):
+        columns = slice(first[i], first[i] + n)
+        alone = model(
+            **{name: x[i : i + 1, columns] for name, x in batch.items()},
+            p_mask=p_mask[i : i + 1, columns],
+            **{name: x[i : i + 1] for name, x in labels.items()},
+            is_impossible=torch.tensor([int(i == 1)]),
+        )
+        losses.append(alone.loss)
+        for name in ("start_top_log_probs", "end_top_log_probs", "cls_logits"):
+            torch.testing.assert_close(output[name][i], alone[name][0], rtol=0, atol=1e-5)
+        for name in ("start_top_index", "end_top_index"):
+            assert torch.equal(output[name][i], alone[name][0] + first[i])
+        for name in ("start_logits", "end_logits"):
+            torch.testing.assert_close(output[name][i, columns], alone[name][0], rtol=0, atol=1e-5)
+            assert output[name][i].softmax(-1)[batch["attention_mask"][i] == 0].sum() == 0
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean())
+
+
+def test_beam_of_a_short_row_keeps_every_token(beam):
+    output = beam()(**batch_of(sentences((2, 3)), 3, "right"))
+    assert output.start_top_index.shape == (2, 3)
+    assert output.end_top_index.shape == (2, 9)
+    assert output.start_top_index[0, 2] == 2  # the padding, last
+    assert output.start_top_log_probs[0].exp()[2] == 0
+    nothing = batch_of([torch.zeros(0, dtype=torch.long)], 3, "right")
+    assert all(x.isfinite().all() for x in outputs(beam(), **nothing))
+
+
+def test_beam_is_left_out_of_training_with_labels(beam):
+    model = beam(dropout=0.0, dropatt=0.0, start_n_top=2)
+    inputs = inputs_for(FunnelTFMForQuestionAnswering)
+    labels = labels_for(FunnelTFMForQuestionAnswering, inputs) | {"is_impossible": torch.tensor([0, 1])}
+    names = ["start_top_log_probs", "start_top_index", "end_top_log_probs", "end_top_index"]
+    whole = ["loss", *names, "cls_logits", "start_logits", "end_logits"]
+    evaluated = model(**inputs, **labels)
+    assert [*evaluated] == whole
+    assert [*model(**inputs)] == whole[1:]
+    trained = model.train()(**inputs, **labels)
+    assert [*trained] == ["loss", "cls_logits", "start_logits"]
+    torch.testing.assert_close(trained.loss, evaluated.loss)
+    assert [*model(**inputs)] == whole[1:]
+    parts = model(**inputs, return_dict=False, output_hidden_states=True)
+    assert type(parts) is tuple
+    assert len(parts) == 8
+    assert [x.shape for x in parts[:5]] == [(2, 2), (2, 2), (2, 10), (2, 10), (2,)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_gradients_reach_every_parameter_of_the_beam(side, beam):
+    model = beam().train()
+    batch, p_mask = beam_batch(side)
+    first = batch["attention_mask"].argmax(1)
+    labels = {"start_positions": first + 3, "end_positions": first + 4, "is_impossible": torch.tensor([0, 1, 0])}
+    model(**batch, p_mask=p_mask, **labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if not name.endswith((".k_head.bias", "beam_head.start.bias", "beam_head.end_dense_1.bias")):
+            assert parameter.grad.any(), name  # a softmax does not see what all its logits share
+
+
+def test_beam_save_load(beam, tmp_path):
+    model = beam(start_n_top=3, end_n_top=2)
+    model.save_pretrained(tmp_path)
+    for loader in (FunnelTFMForQuestionAnswering, transformers.AutoModelForQuestionAnswering):
+        again, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        assert (again.config.qa_head, again.config.start_n_top, again.config.end_n_top) == ("beam", 3, 2)
+        assert {name.split(".")[0] for name in again.state_dict()} == {"funnel", "beam_head"}
+        assert_same(model, again)
+        assert_same(model, pickle.loads(pickle.dumps(again)))
+
+
+def test_beam_begins_by_itself_from_a_bare_encoder(make, config, tmp_path, monkeypatch):
+    make(FunnelTFMModel).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: torch.full_like(x, math.nan, **kwargs))
+    model, info = FunnelTFMForQuestionAnswering.from_pretrained(tmp_path, qa_head="beam", output_loading_info=True)
+    assert all(name.startswith("beam_head.") for name in info["missing_keys"])
+    assert len(info["missing_keys"]) == len(model.beam_head.state_dict()) == 11
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not model.beam_head.start.bias.any()
+    assert (model.beam_head.end_layer_norm.weight == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_beam_in_half_precision(dtype, beam):
+    model = beam(start_n_top=2, end_n_top=2)
+    batch, p_mask = beam_batch()
+    labels = {"start_positions": torch.tensor([3, 0, 4]), "end_positions": torch.tensor([4, 0, 9])}
+    inputs = batch | {"p_mask": p_mask} | labels | {"is_impossible": torch.tensor([0, 1, 0])}
+    with torch.no_grad():
+        exact = model(**inputs)
+        with torch.autocast("cpu", dtype):
+            mixed = model(**inputs)
+        half = copy.deepcopy(model).to(dtype)(**inputs)
+    assert half.start_logits.dtype is half.end_logits.dtype is dtype
+    for output in (mixed, half):
+        assert output.start_top_log_probs.dtype is output.end_top_log_probs.dtype is torch.float32
+        assert output.cls_logits.dtype is output.loss.dtype is torch.float32
+        assert all(x.isfinite().all() for x in output.values())
+        assert (output.start_logits + output.end_logits).isfinite().all()
+        torch.testing.assert_close(output.loss, exact.loss, rtol=0.1, atol=0.1)
+        for logits in (output.start_logits, output.end_logits):
+            assert logits.float().softmax(-1)[(p_mask == 1) | (batch["attention_mask"] == 0)].sum() == 0
+
+
+@renamed
+def test_trainer_of_the_beam(config, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    model = FunnelTFMForQuestionAnswering(config(qa_head="beam", start_n_top=3))
+    before = copy.deepcopy(model.state_dict())
+    inputs = inputs_for(FunnelTFMForQuestionAnswering) | {"p_mask": torch.zeros(2, 9, dtype=torch.long)}
+    labels = labels_for(FunnelTFMForQuestionAnswering, inputs) | {"is_impossible": torch.tensor([0, 1])}
+    rows = [{name: x[i] for name, x in (inputs | labels).items()} for i in range(2)] * 3
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, per_device_eval_batch_size=4,
+        use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert all(not torch.equal(x, before[name]) for name, x in model.state_dict().items() if "beam_head" in name)
+    prediction = trainer.predict(rows)
+    assert math.isfinite(prediction.metrics["test_loss"])
+    assert [x.shape for x in prediction.predictions] == [(6, 3), (6, 3), (6, 15), (6, 15), (6,), (6, 9), (6, 9)]
+
+
+def test_what_the_heads_refuse(make, beam, config):
+    inputs = inputs_for(FunnelTFMForQuestionAnswering)
+    labels = labels_for(FunnelTFMForQuestionAnswering, inputs)
+    impossible = {"is_impossible": torch.tensor([0, 1])}
+    with pytest.raises(InputError, match="is_impossible is a label of the beam head"):
+        make(FunnelTFMForQuestionAnswering)(**inputs, **labels, **impossible)
+    with pytest.raises(InputError, match="give start_positions and end_positions"):
+        beam()(**inputs, **impossible)
+    for model in (make(FunnelTFMForQuestionAnswering), beam()):
+        with pytest.raises(InputError, match=r"p_mask must have the shape of the input, \(2, 9\).*\(2, 8\)"):
+            model(**inputs, p_mask=torch.zeros(2, 8))
+    with pytest.raises(InputError, match="qa_head must be one of plain, beam; got 'xlnet'"):
+        config(qa_head="xlnet")
+    for name in ("start_n_top", "end_n_top"):
+        for value in (0, 2.0, True, "5"):
+            with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1; got {value!r}"):
+                config(**{name: value})
+
+
+def test_p_mask_of_the_plain_head(make):
+    model = make(FunnelTFMForQuestionAnswering)
+    batch, p_mask = beam_batch()
+    plain, masked = model(**batch), model(**batch, p_mask=p_mask)
+    ruled_out = (p_mask == 1) | (batch["attention_mask"] == 0)
+    for a, b in ((plain.start_logits, masked.start_logits), (plain.end_logits, masked.end_logits)):
+        assert torch.equal(a[~ruled_out], b[~ruled_out])
+        assert not b.softmax(-1)[ruled_out].any()
+
+
+def test_beam_head_is_that_of_xlnet(beam):
+    """From the same weights, without masks. XLNet's own model lays the ends out end by end, not start by start."""
+    from transformers.models.xlnet import modeling_xlnet
+
+    model = beam(start_n_top=3, end_n_top=2)
+    head, config = model.beam_head, transformers.XLNetConfig(d_model=16, n_head=2, layer_norm_eps=1e-9)
+    poolers = {
+        "PoolerStartLogits": {"dense": head.start},
+        "PoolerEndLogits": {"dense_0": head.end_dense_0, "LayerNorm": head.end_layer_norm, "dense_1": head.end_dense_1},
+        "PoolerAnswerClass": {"dense_0": head.answer_dense_0, "dense_1": head.answer_dense_1},
+    }
+    theirs = []
+    for name, parts in poolers.items():
+        pooler = getattr(modeling_xlnet, f"XLNet{name}")(config).eval()
+        state = {f"{part}.{key}": x.t() for part, mine in parts.items() for key, x in mine.state_dict().items()}
+        pooler.load_state_dict(state)
+        theirs.append(pooler)
+    inputs = inputs_for(FunnelTFMForQuestionAnswering)
+    with torch.no_grad():
+        hidden = model.funnel(**inputs).last_hidden_state
+        output = model(**inputs)
+        start = theirs[0](hidden)
+        ends = [theirs[1](hidden, start_positions=output.start_top_index[:, j]) for j in range(3)]
+        weighted = torch.einsum("blh,bl->bh", hidden, start.softmax(-1))
+        answer = theirs[2](hidden, start_states=weighted, cls_index=torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(output.start_logits, start, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.end_logits, ends[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.cls_logits, answer, rtol=0, atol=1e-5)
+    for j, end in enumerate(ends):
+        best = end.log_softmax(-1).topk(2)
+        assert torch.equal(output.end_top_index[:, 2 * j : 2 * j + 2], best.indices)
+        torch.testing.assert_close(output.end_top_log_probs[:, 2 * j : 2 * j + 2], best.values, rtol=0, atol=1e-5)
+
+
 # ---- tokenizer and pipelines
 
 

@@ -215,6 +215,10 @@ def _write_tensors(state: dict[str, Tensor], folder: Path) -> None:
 
 # ---- funneltfm: FunnelTFMFor... of funnel.hf
 
+CLASSES = {head: name.replace("Funnel", "FunnelTFM") for head, name in convert.HF_CLASSES.items()} | {
+    "beam_head": "FunnelTFMForQuestionAnswering"
+}
+
 
 def read_funneltfm(path: Path, config_path: Path | None, options: "Options") -> Parts:
     from funneltfm.funnel.hf import FunnelTFMConfig
@@ -236,16 +240,15 @@ def write_funneltfm(parts: Parts, folder: Path, options: "Options") -> None:
     from funneltfm.funnel.hf import FunnelTFMConfig
 
     names = sorted({name.split(".")[0] for name in parts.heads})
-    if len(names) > 1 or not set(names) <= set(convert.HF_CLASSES):
-        raise InputError(
-            f"a FunnelTFMFor... model has one head of {', '.join(convert.HF_CLASSES)}; got {', '.join(names)}."
-        )
-    suffix = convert.HF_CLASSES[names[0]].removeprefix("Funnel") if names else "Model"
-    keys: dict[str, Any] = {"architectures": [f"FunnelTFM{suffix}"]}
+    if len(names) > 1 or not set(names) <= set(CLASSES):
+        raise InputError(f"a FunnelTFMFor... model has one head of {', '.join(CLASSES)}; got {', '.join(names)}.")
+    keys: dict[str, Any] = {"architectures": [CLASSES[names[0]] if names else "FunnelTFMModel"]}
     if names == ["lm_head"]:
         keys["lm_transform"] = "lm_head.dense.weight" in parts.heads
     if names == ["token_head"]:
         keys["num_labels"] = len(parts.heads["token_head.dense.bias"])
+    if names == ["beam_head"]:
+        keys["qa_head"] = "beam"
     prefix = "funnel.net." if names else "net."
     _write_tensors({f"{prefix}{name}": tensor for name, tensor in parts.core.items()} | parts.heads, folder)
     FunnelTFMConfig.from_net_config(parts.config, **keys).save_pretrained(folder)

@@ -68,6 +68,11 @@ class TokenHead(nn.Module):
         return self.dense(self.dropout(hidden))
 
 
+def rule_out(logits: Tensor, p_mask: Tensor) -> Tensor:
+    """p_mask: 1 = no answer can be here. Half of the lowest number there, because a start and an end are added."""
+    return logits.masked_fill(p_mask.bool(), torch.finfo(logits.dtype).min / 2)
+
+
 class BeamSpanHead(nn.Module):
     """The original's head for SQuAD 2.0: start, then end given start, then whether there is an answer at all."""
 
@@ -83,7 +88,7 @@ class BeamSpanHead(nn.Module):
 
     def start_logits(self, hidden: Tensor, p_mask: Tensor) -> Tensor:
         """hidden: (B, T, D); p_mask: (B, T), 1 = no answer can be here. Returns (B, T)."""
-        return self.start(hidden).squeeze(-1).masked_fill(p_mask.bool(), torch.finfo(hidden.dtype).min)
+        return rule_out(self.start(hidden).squeeze(-1), p_mask)
 
     def end_logits(self, hidden: Tensor, start: Tensor, p_mask: Tensor) -> Tensor:
         """start: (B, K) token indices of K starts. Returns (B, K, T), the ends given each start."""
@@ -92,10 +97,13 @@ class BeamSpanHead(nn.Module):
         at_start = hidden.gather(1, start[..., None].expand(B, K, D))  # (B, K, D)
         pair = torch.cat([hidden[:, None].expand(B, K, T, D), at_start[:, :, None].expand(B, K, T, D)], dim=-1)
         x = self.end_layer_norm(torch.tanh(self.end_dense_0(pair)))
-        return self.end_dense_1(x).squeeze(-1).masked_fill(p_mask[:, None].bool(), torch.finfo(hidden.dtype).min)
+        return rule_out(self.end_dense_1(x).squeeze(-1), p_mask[:, None])
 
-    def answer_logits(self, hidden: Tensor, start: Tensor) -> Tensor:
-        """start: (B, T) weights over start positions, adding up to 1. Returns (B,): more than 0 says unanswerable."""
+    def answer_logits(self, hidden: Tensor, start: Tensor, cls: Tensor) -> Tensor:
+        """start: (B, T) weights over start positions, adding up to 1; cls: (B, D) of [CLS], wherever it stands.
+
+        Returns (B,): more than 0 says unanswerable.
+        """
         at_start = (start[:, None] @ hidden).squeeze(1)  # (B, D)
-        x = self.dropout(torch.tanh(self.answer_dense_0(torch.cat([at_start, hidden[:, 0]], dim=-1))))
+        x = self.dropout(torch.tanh(self.answer_dense_0(torch.cat([at_start, cls], dim=-1))))
         return self.answer_dense_1(x).squeeze(-1)

@@ -9,6 +9,7 @@ Alphabet: B batch, T tokens as given, L tokens as computed, D d_model, V vocab_s
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from funneltfm.errors import InputError
 from funneltfm.funnel.attention import RelMultiheadAttention
 from funneltfm.funnel.config import ModelConfig, canonical_length
-from funneltfm.funnel.heads import MaskedLMHead, SummaryHead, TokenDetectionHead, TokenHead
+from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, SummaryHead, TokenDetectionHead, TokenHead, rule_out
 from funneltfm.funnel.model import FunnelTFM
 
 try:
@@ -61,6 +62,12 @@ class FunnelTFMConfig(PreTrainedConfig):
     """Compute at the canonical length of the longest sentence; False computes at the shape given, as FunnelTFM does."""
     tie_word_embeddings: bool = True
     """The language modelling head has no table of its own, so this cannot be False there."""
+    qa_head: Literal["plain", "beam"] = "plain"
+    """Question answering: start and end apart, or the original's head for SQuAD 2.0, the end given the start."""
+    start_n_top: int = 5
+    """Starts that the beam head keeps; a row of fewer tokens keeps them all."""
+    end_n_top: int = 5
+    """Ends that the beam head keeps for each of its starts."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         keys = ModelConfig().to_dict()
@@ -68,6 +75,12 @@ class FunnelTFMConfig(PreTrainedConfig):
         super().__post_init__(**(keys | _own_names(kwargs)))
         for name, value in self.net_config().to_dict().items():  # as ModelConfig writes it: decoder_size 2 -> "2"
             setattr(self, name, value)
+        if self.qa_head not in ("plain", "beam"):
+            raise InputError(f"qa_head must be one of plain, beam; got {self.qa_head!r}.")
+        for name in ("start_n_top", "end_n_top"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1; got {value!r}.")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -164,6 +177,18 @@ def position_loss(logits: Tensor, positions: Tensor) -> Tensor:
     positions = positions.flatten()
     outside = (positions < 0) | (positions >= logits.size(1))
     return cross_entropy(logits, positions.masked_fill(outside, IGNORED))
+
+
+def span_loss(start: Tensor, end: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """start, end: (B, T) logits. The mean of both losses."""
+    return (position_loss(start, start_positions) + position_loss(end, end_positions)) / 2
+
+
+def answer_loss(logits: Tensor, is_impossible: Tensor) -> Tensor:
+    """logits: (B,); is_impossible: (B,) or (B, 1), 1 = unanswerable, 0 = has an answer, -100 = none."""
+    labels = is_impossible.flatten()
+    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
+    return mean_over(losses, labels != IGNORED)
 
 
 def _binary(logits: Tensor, labels: Tensor) -> Tensor:
@@ -508,17 +533,50 @@ class FunnelTFMForTokenClassification(_WithHead):
         return self.token_head(hidden)
 
 
+@dataclass
+class BeamSpanOutput(ModelOutput):
+    """What the beam head says. J = start_n_top and K = end_n_top, or T where a row is shorter.
+
+    Log probabilities and cls_logits are fp32. Indices are columns of the input.
+    """
+
+    loss: Tensor | None = None
+    start_top_log_probs: Tensor | None = None
+    """(B, J), the best starts first."""
+    start_top_index: Tensor | None = None
+    """(B, J)"""
+    end_top_log_probs: Tensor | None = None
+    """(B, J * K), of an end given its start: number j * K + k is the k-th best end of the j-th start."""
+    end_top_index: Tensor | None = None
+    """(B, J * K). An end may lie before its start: who reads the spans leaves such pairs out, as the original does."""
+    cls_logits: Tensor | None = None
+    """(B,), more than 0 says unanswerable."""
+    start_logits: Tensor | None = None
+    """(B, T), very low where no answer can be."""
+    end_logits: Tensor | None = None
+    """(B, T), of the ends given the best start; very low where no answer can be."""
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
 class FunnelTFMForQuestionAnswering(_WithHead):
     """Where the answer starts and ends. Logits (B, T) of both are very low at padding.
 
-    start_positions, end_positions: (B,); one outside of the row (-100, or past a cut) is not counted.
+    start_positions, end_positions: (B,), columns of the input; one outside of the row (-100, or past a cut) is not
+    counted. p_mask: (B, T), 1 = no answer can be here (the question, [SEP]); padding never is one.
+
+    With config.qa_head "beam" it is the head that XLNet introduced and the original finetunes on SQuAD 2.0. The loss
+    is as there: the mean of the start's and the end's cross entropy, the end's given the labelled start (and not
+    counted where that is outside of the row); and with is_impossible, (B,) of 0 and 1, -100 = not counted, half of
+    the binary cross entropy of cls_logits, which read [CLS] and the tokens weighted by the softmax over starts. An
+    unanswerable question has both positions at [CLS], so p_mask must be 0 there. While training with labels no beam
+    is made: loss, start_logits and cls_logits are all there is.
     """
 
     def add_head(self, config: FunnelTFMConfig) -> None:
-        self.qa_head = TokenHead(config.d_model, 2, config.dropout)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.qa_head(hidden)
+        if config.qa_head == "beam":
+            self.beam_head = BeamSpanHead(config.d_model, config.dropout)
+        else:
+            self.qa_head = TokenHead(config.d_model, 2, config.dropout)
 
     @can_return_tuple
     def forward(
@@ -529,10 +587,23 @@ class FunnelTFMForQuestionAnswering(_WithHead):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        is_impossible: Tensor | None = None,
+        p_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> QuestionAnsweringModelOutput:
-        outputs = super().forward(
+    ) -> QuestionAnsweringModelOutput | BeamSpanOutput:
+        """Inputs as in FunnelTFMModel.forward; labels and p_mask as the class says."""
+        positions = None
+        if start_positions is not None and end_positions is not None:
+            positions = (start_positions, end_positions)
+        self._check_labels(positions, is_impossible)
+        real = self._real_tokens(input_ids, attention_mask, inputs_embeds)
+        if p_mask is not None and p_mask.shape != real.shape:
+            raise InputError(
+                f"p_mask must have the shape of the input, {tuple(real.shape)}, 1 = no answer can be here; got "
+                f"{tuple(p_mask.shape)}."
+            )
+        outputs = self.funnel(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -541,15 +612,70 @@ class FunnelTFMForQuestionAnswering(_WithHead):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        padding = ~self._real_tokens(input_ids, attention_mask, inputs_embeds)
-        lowest = torch.finfo(outputs.logits.dtype).min / 2  # half, because a start and an end are added
-        start, end = (x.masked_fill(padding, lowest) for x in outputs.logits.unbind(dim=-1))
+        hidden, states = outputs.last_hidden_state, outputs.hidden_states
+        ruled_out = ~real if p_mask is None else ~real | p_mask.bool()
+        if self.config.qa_head == "beam":
+            return self._beam(hidden, real, ruled_out, positions, is_impossible, states)
+        start, end = (rule_out(x, ruled_out) for x in self.qa_head(hidden).unbind(dim=-1))
+        loss = None if positions is None else span_loss(start, end, *positions)
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, hidden_states=states)
+
+    def _check_labels(self, positions: tuple[Tensor, Tensor] | None, is_impossible: Tensor | None) -> None:
+        if is_impossible is None:
+            return
+        if self.config.qa_head != "beam":
+            raise InputError(
+                "is_impossible is a label of the beam head, this model has the plain one. Build it with "
+                "qa_head='beam', or leave is_impossible out and let both positions of such a row be 0."
+            )
+        if positions is None:
+            raise InputError("is_impossible is counted with the spans: give start_positions and end_positions too.")
+
+    def _beam(
+        self,
+        hidden: Tensor,
+        real: Tensor,
+        ruled_out: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        is_impossible: Tensor | None,
+        states: tuple[Tensor, ...] | None,
+    ) -> BeamSpanOutput:
+        """hidden: (B, T, D) in the columns of the input; real, ruled_out: (B, T) bool."""
+        start = self.beam_head.start_logits(hidden, ruled_out)
+        log_probs = start.float().log_softmax(-1)  # (B, T)
+        first = real.int().argmax(dim=1)[:, None, None]
+        cls = hidden.take_along_dim(first, dim=1).squeeze(1)  # (B, D)
+        answer = self.beam_head.answer_logits(hidden, log_probs.exp().to(hidden.dtype), cls).float()
         loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = (position_loss(start, start_positions) + position_loss(end, end_positions)) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start, end_logits=end, hidden_states=outputs.hidden_states
-        )
+        if positions is not None:
+            loss = self._beam_span_loss(hidden, ruled_out, start, *positions)
+            if is_impossible is not None:
+                loss = loss + 0.5 * answer_loss(answer, is_impossible)
+        spans = self._search(hidden, ruled_out, log_probs) if loss is None or not self.training else {}
+        return BeamSpanOutput(loss=loss, **spans, cls_logits=answer, start_logits=start, hidden_states=states)
+
+    def _beam_span_loss(
+        self, hidden: Tensor, ruled_out: Tensor, start: Tensor, start_positions: Tensor, end_positions: Tensor
+    ) -> Tensor:
+        """start: (B, T) logits. The ends are those given the labelled starts."""
+        at, end_at = start_positions.flatten(), end_positions.flatten()
+        outside = (at < 0) | (at >= start.size(1))
+        end = self.beam_head.end_logits(hidden, at.masked_fill(outside, 0)[:, None], ruled_out).squeeze(1)
+        return span_loss(start, end, at, end_at.masked_fill(outside, IGNORED))
+
+    def _search(self, hidden: Tensor, ruled_out: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+        """log_probs: (B, T) of the starts. The best of them, and the best ends of each."""
+        T = hidden.size(1)
+        starts = log_probs.topk(min(self.config.start_n_top, T))  # (B, J)
+        end = self.beam_head.end_logits(hidden, starts.indices, ruled_out)  # (B, J, T)
+        ends = end.float().log_softmax(-1).topk(min(self.config.end_n_top, T))  # (B, J, K)
+        return {
+            "start_top_log_probs": starts.values,
+            "start_top_index": starts.indices,
+            "end_top_log_probs": ends.values.flatten(1),
+            "end_top_index": ends.indices.flatten(1),
+            "end_logits": end[:, 0],
+        }
 
 
 AUTO_CLASSES = {
