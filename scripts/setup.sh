@@ -25,7 +25,7 @@ case $EXTRAS in
     test) stamps=("$STAMP" "$VENV/.setup-dev") ;;
     *) stamps=("$STAMP") ;;
 esac
-if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF "$WANTED"; then
+if ! grep -qsxF "$WANTED" "${stamps[@]}"; then
     echo "setup: installing (the first time takes some minutes)" >&2
     # torch first and pinned, so that no other package chooses its build.
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" torch

@@ -26,7 +26,7 @@ def _figure(**kwargs: Any) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # class names in scripts the font lacks
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
 
 
 def learning_curves(
