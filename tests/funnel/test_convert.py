@@ -22,7 +22,7 @@ from funneltfm.funnel.convert import (
     to_hf,
     to_tf,
 )
-from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, SummaryHead, TokenDetectionHead
+from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, SummaryHead, TokenDetectionHead, TokenHead
 
 FIXTURES = Path(__file__).resolve().parents[2].parent / "shared/fixtures/funnel"
 NEEDS_FIXTURES = pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs ../shared/fixtures/funnel")
@@ -135,13 +135,15 @@ HEADS = {
     "detection_head": TokenDetectionHead(16, "gelu"),
     "cls_head": SummaryHead(16, 3, 0.1),
     "lm_head": MaskedLMHead(16, 16, 19, "gelu", transform=False),
+    "token_head": TokenHead(16, 5, 0.1),
+    "qa_head": TokenHead(16, 2, 0.1),
 }
 
 
 @pytest.mark.parametrize("head", [None, *HEADS])
 def test_hf_round_trip(head: str | None) -> None:
     heads = random_head(HEADS[head], head) if head else {}
-    config = dataclasses.replace(TINY, num_class=3 if head == "cls_head" else 2)
+    config = dataclasses.replace(TINY, num_class={"cls_head": 3, "token_head": 5}.get(head or "", 2))
     parts = Parts(config, random_core(TINY), heads)
     hf_config, state, _ = to_hf(parts)
     again = from_hf(state, hf_config)
@@ -207,6 +209,8 @@ def test_hf_refuses_strangers() -> None:
         ("cls_head", "FunnelForSequenceClassification"),
         ("detection_head", "FunnelForPreTraining"),
         ("lm_head", "FunnelForMaskedLM"),
+        ("token_head", "FunnelForTokenClassification"),
+        ("qa_head", "FunnelForQuestionAnswering"),
         (None, "FunnelModel"),
     ],
 )

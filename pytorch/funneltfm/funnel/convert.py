@@ -399,8 +399,8 @@ def to_hf(parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     if architecture == "FunnelForMaskedLM":
         state["lm_head.weight"] = state["funnel.embeddings.word_embeddings.weight"]
     config["architectures"] = [architecture]
-    if "cls_head.3.bias" in parts.heads:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(len(parts.heads["cls_head.3.bias"]))}
+    if (bias := parts.heads.get("cls_head.3.bias", parts.heads.get("token_head.dense.bias"))) is not None:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(len(bias))}
         config["label2id"] = {label: int(i) for i, label in config["id2label"].items()}
     return config, state, architecture
 
