@@ -16,7 +16,7 @@ NEEDS_VENV = pytest.mark.skipif(
 
 def bash(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     command = ["bash", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", **env}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 

@@ -313,15 +313,24 @@ def test_yaml_and_flags_together(place: Path, capsys: pytest.CaptureFixture) -> 
 
 
 def test_ctrl_c_says_how_to_go_on(place: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, *classify(epochs=100000, n_valid=100000)[1:]], cwd=place, env=ENVIRONMENT, text=True,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (place / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: a job of CI is no terminal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, *classify(epochs=100000, n_valid=100000)[1:]], cwd=place, env=ENVIRONMENT, text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (place / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert out == ""
     assert "Traceback" not in err

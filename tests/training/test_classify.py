@@ -544,7 +544,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted: tuple[Path, dict
         [sys.executable, str(ROOT / "pytorch" / "classifier.py"), *words], env=environment, stderr=subprocess.DEVNULL
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (root / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(random.random() * 0.1)
