@@ -1,6 +1,5 @@
 """Checkpoints in and out: which tensor goes where, and what to say when one does not fit."""
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -12,10 +11,20 @@ from torch import Tensor, nn
 from funneltfm.errors import InputError
 from funneltfm.files import atomic_path, existing_file
 
-log = logging.getLogger(__name__)
-
 _LAYER = re.compile(r"(?:attn|pffn)_layers\.(\d+)\.")
 _HEAD = re.compile(r"cls_head\.")
+
+
+CONFIG_NAMES = ("net_config.json", "net_config.pytorch.json")
+
+
+def config_beside(path: Path, flag: str) -> Path:
+    """The model's config in a checkpoint's folder, or beside its file; `flag` is what names another one."""
+    folder = path if path.is_dir() else path.parent
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"there is no {' or '.join(CONFIG_NAMES)} beside {path}; name the model's config with {flag}.")
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -25,12 +25,10 @@ from torch import Tensor
 from funneltfm.errors import InputError
 from funneltfm.files import write_json
 from funneltfm.funnel import convert
-from funneltfm.funnel.checkpoints import read_state
+from funneltfm.funnel.checkpoints import config_beside, read_state
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.convert import Parts
 from funneltfm.funnel.model import FunnelTFM
-
-CONFIG_NAMES = ("net_config.json", "net_config.pytorch.json")
 
 
 def detect(path: Path) -> str:
@@ -67,27 +65,13 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def net_config_path(folder: Path, given: Path | None = None) -> Path:
-    """The model's config: the one that was named, else the one that lies beside."""
-    if given is not None:
-        return given
-    for name in CONFIG_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"there is no {' or '.join(CONFIG_NAMES)} in {folder}; name the model's config.")
+def _net_config(path: Path, given: Path | None, options: "Options") -> ModelConfig:
+    """The named config, else the one beside; what the older code kept outside its file comes from the options."""
+    return ModelConfig.init_from_json(given or config_beside(path, "--net_config"), options)
 
 
-# ---- pt
-
-
-def read_pt(path: Path, config_path: Path | None, options: "Options") -> Parts:
-    folder = path if path.is_dir() else path.parent
-    state = read_state(path / "model.pt" if path.is_dir() else path)
-    config = _net_config(net_config_path(folder, config_path), options)
-    heads = {name: tensor for name, tensor in state.items() if name.startswith("cls_head.")}
-    core = {name: tensor for name, tensor in state.items() if name not in heads}
-    if "cls_head.3.bias" in heads:
-        config = replace(config, num_class=len(heads["cls_head.3.bias"]))
+def _fitted(core: dict[str, Tensor], config: ModelConfig, path: Path) -> ModelConfig:
+    """The config, without a decoder where `core` has none; an InputError where the two do not belong together."""
     if not any(name.startswith(f"attn_layers.{convert.n_layers(config)[0]}.") for name in core):
         config = replace(config, decoder_size="0")
     shapes = convert.core_shapes(config)
@@ -97,6 +81,21 @@ def read_pt(path: Path, config_path: Path | None, options: "Options") -> Parts:
             f"{path} {what} {wrong[0]} (and {len(wrong) - 1} more that do not fit). Is its config its own?"
         )
     convert.check_shapes(core, config)
+    return config
+
+
+# ---- pt
+
+
+def read_pt(path: Path, config_path: Path | None, options: "Options") -> Parts:
+    folder = path if path.is_dir() else path.parent
+    state = read_state(path / "model.pt" if path.is_dir() else path)
+    config = _net_config(path, config_path, options)
+    heads = {name: tensor for name, tensor in state.items() if name.startswith("cls_head.")}
+    core = {name: tensor for name, tensor in state.items() if name not in heads}
+    if "cls_head.3.bias" in heads:
+        config = replace(config, num_class=len(heads["cls_head.3.bias"]))
+    config = _fitted(core, config, path)
     if (folder / "heads.pt").is_file():
         heads |= read_state(folder / "heads.pt")
     generator = read_pt(folder / "generator", None, options) if (folder / "generator").is_dir() else None
@@ -119,17 +118,11 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
-def _net_config(path: Path, options: "Options") -> ModelConfig:
-    """The config; what the older code kept outside its file comes from the options."""
-    return ModelConfig.init_from_json(path, options)
-
-
 # ---- tf
 
 
 def read_tf(path: Path, config_path: Path | None, options: "Options") -> Parts:
-    folder = path if path.is_dir() else path.parent
-    config = _net_config(net_config_path(folder, config_path), options)
+    config = _net_config(path, config_path, options)
     with tempfile.TemporaryDirectory() as scratch:
         npz = Path(scratch) / "variables.npz"
         _tensorflow(options, "read", path, npz)
@@ -227,11 +220,7 @@ def read_funneltfm(path: Path, config_path: Path | None, options: "Options") -> 
     state = {name.removeprefix("funnel."): tensor for name, tensor in _read_tensors(path).items()}
     core = {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
     heads = {name: tensor for name, tensor in state.items() if not name.startswith("net.")}
-    if not any(name.startswith(f"attn_layers.{convert.n_layers(config)[0]}.") for name in core):
-        config = replace(config, decoder_size="0")
-    if wrong := sorted(set(convert.core_shapes(config)) ^ set(core)):
-        raise InputError(f"{path} does not fit its config.json (first {wrong[0]}).")
-    convert.check_shapes(core, config)
+    config = _fitted(core, config, path)
     generator = read_funneltfm(path / "generator", None, options) if (path / "generator").is_dir() else None
     return Parts(config, core, heads, generator)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from funneltfm.errors import InputError
 
 # What a run writes; `overwrite` removes these and nothing else.
-_FILES = ("config.yaml", "net_config.json", "metrics.csv", "results.json", "log.txt")
+_FILES = ("config.yaml", "metrics.csv", "results.json", "log.txt")
 _FOLDERS = ("checkpoints", "best", "predictions", "plots")
 
 

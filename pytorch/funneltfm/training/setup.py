@@ -15,7 +15,7 @@ from funneltfm.data.readers import DatasetSpec, custom_dataset, get_dataset, rea
 from funneltfm.data.tokenization import Tokenizer, get_tokenizer
 from funneltfm.errors import InputError
 from funneltfm.files import existing_file
-from funneltfm.funnel.checkpoints import load_checkpoint
+from funneltfm.funnel.checkpoints import config_beside, load_checkpoint
 from funneltfm.funnel.config import ModelConfig, model_size
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.baselines import baselines
@@ -215,16 +215,6 @@ def _net_config(args: Args, data: Data, config_path: Path | None) -> ModelConfig
     return dataclasses.replace(config, num_class=data.task.num_class, pad_id=data.tokenizer.pad_id)
 
 
-def _config_beside(ckpt: Path) -> Path:
-    names = ("net_config.json", "net_config.pytorch.json")
-    found = [ckpt.parent / name for name in names if (ckpt.parent / name).is_file()]
-    if not found:
-        raise InputError(
-            f"there is no {' or '.join(names)} beside {ckpt}; name the model's config with --init_ckpt_config."
-        )
-    return found[0]
-
-
 def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
     ckpt = Path(args.init_ckpt) if args.init_ckpt else None
     if args.test_only and ckpt is None:
@@ -245,7 +235,7 @@ def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
             f"the model {ckpt} was trained for the classes {', '.join(trained)}, but {data.task.spec.name} "
             f"has {', '.join(data.task.spec.labels or ['numbers'])}."
         )
-    config_path = Path(args.init_ckpt_config) if args.init_ckpt_config else _config_beside(ckpt)
+    config_path = Path(args.init_ckpt_config) if args.init_ckpt_config else config_beside(ckpt, "--init_ckpt_config")
     config = _net_config(args, data, config_path)
     # A classifier reads [CLS] from the encoder, so a decoder would only be dead weight.
     model = FunnelTFM(dataclasses.replace(config, decoder_size="0"))
