@@ -7,3 +7,11 @@ class InputError(ValueError):
     The message is one paragraph: what was expected, what came, where (file and line), and what to do.
     The command line prints it without a traceback; every other exception is a defect of ours and keeps its traceback.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run. `signum` is the signal; the message says what was saved and how to go on."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum = signum

@@ -2,10 +2,11 @@
 
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, Stopped
 
 VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
@@ -16,7 +17,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 130
-    for Ctrl-C.
+    for Ctrl-C, 128 + n for signal n.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -44,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"funneltfm {verb}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadFlag) else 1
     except KeyboardInterrupt as error:
-        print(f"\nfunneltfm {verb}: stopped. {error}".rstrip(), file=sys.stderr)
-        return 130
+        signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+        if str(error) or not isinstance(error, Stopped):
+            print(f"\nfunneltfm {verb}: stopped. {error}".rstrip(), file=sys.stderr)
+        return 128 + signum
     return 0
 
 

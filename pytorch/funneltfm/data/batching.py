@@ -3,11 +3,11 @@ makes padding masks.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from funneltfm.data.encoding import EncodedSplit
@@ -15,7 +15,7 @@ from funneltfm.errors import InputError
 from funneltfm.funnel.config import ModelConfig, canonical_length
 
 PadTo = Literal["canonical", "longest", "max_length"]
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # of tensors (B, ...), and in training a number
 
 _POOL = 50  # batches that are sorted by length together: enough to waste little, few enough to stay shuffled
 
@@ -79,39 +79,88 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 class _RunSampler:
-    """The batches of a whole run, epoch after epoch, from batch `start` on."""
+    """The batches of a whole run, epoch after epoch, from batch `start` on: (example indices, weight) of this rank.
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, epochs: int, seed: int):
-        self.lengths, self.batch_size, self.epochs, self.seed = lengths, batch_size, epochs, seed
-        self.per_epoch = -(-len(lengths) // batch_size)
+    A step learns from `batch_size * ranks * accumulate` examples. They are dealt evenly to the ranks, and on each to
+    `accumulate` batches one after another. The weight of a batch makes the mean over ranks and batches the mean over
+    the step's examples, also where the last step of an epoch cannot be dealt evenly. A batch that gets no example has
+    one of weight 0, so that every rank takes part in every step.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, epochs: int, seed: int, accumulate: int, rank: int, ranks: int
+    ):
+        self.lengths, self.epochs, self.seed = lengths, epochs, seed
+        self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
+        self.step_size = batch_size * ranks * accumulate
+        self.steps_per_epoch = -(-len(lengths) // self.step_size)
+        self.per_epoch = self.steps_per_epoch * accumulate
         self.start = 0
 
     def __len__(self) -> int:
         return self.per_epoch * self.epochs
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[tuple[list[int], float]]:
         for number in range(self.start, len(self)):
             epoch, i = divmod(number, self.per_epoch)
             if i == 0 or number == self.start:
-                batches = epoch_batches(self.lengths, self.batch_size, self.seed, epoch)
-            yield batches[i].tolist()
+                steps = epoch_batches(self.lengths, self.step_size, self.seed, epoch)
+            yield self._share(steps[i // self.accumulate], i % self.accumulate)
+
+    def _share(self, step: np.ndarray, turn: int) -> tuple[list[int], float]:
+        parts = self.ranks * self.accumulate
+        share = np.array_split(step, parts)[turn * self.ranks + self.rank]
+        if len(share) == 0:
+            return [int(step[0])], 0.0
+        return share.tolist(), len(share) * parts / len(step)
+
+
+class _Examples:
+    """A split, with what a sampler gives as an index: a whole batch at once."""
+
+    def __init__(self, split: EncodedSplit):
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, batch: tuple[list[int], float]) -> tuple[list[dict[str, Any]], float]:
+        indices, weight = batch
+        return [self.split[i] for i in indices], weight
+
+
+def _weighted(collator: Collator, batch: tuple[list[dict[str, Any]], float]) -> Batch:
+    examples, weight = batch
+    return collator(examples) | {"weight": weight}
 
 
 class RunLoader(DataLoader):
-    """All the batches of a run in one pass. It remembers how many were taken, so that a resumed run goes on with
-    the next.
+    """All the batches of a run in one pass, those of this rank. It remembers how many were taken, so that a resumed
+    run goes on with the next.
 
     One pass rather than one per epoch: validation every n steps, the schedule and a resumed run need no rule at
-    epoch borders.
+    epoch borders. A batch has "weight", a number: see `_RunSampler`.
     """
 
-    def __init__(self, split: EncodedSplit, collator: Collator, batch_size: int, epochs: int, seed: int, **kwargs: Any):
-        sampler = _RunSampler(split.lengths, batch_size, epochs, seed)
+    def __init__(
+        self,
+        split: EncodedSplit,
+        collator: Collator,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        **kwargs: Any,
+    ):
+        sampler = _RunSampler(split.lengths, batch_size, epochs, seed, accumulate, rank, ranks)
         # Its own generator: the loader takes no random numbers from the stream that dropout uses.
         super().__init__(
-            split,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=collator,
+            _Examples(split),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=partial(_weighted, collator),
             generator=torch.Generator().manual_seed(seed),
             **kwargs,
         )
@@ -119,8 +168,13 @@ class RunLoader(DataLoader):
         self.taken = 0
 
     @property
-    def per_epoch(self) -> int:
-        return self.run_sampler.per_epoch
+    def steps_per_epoch(self) -> int:
+        return self.run_sampler.steps_per_epoch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the whole run."""
+        return self.steps_per_epoch * self.run_sampler.epochs
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.run_sampler.start = self.taken
@@ -134,15 +188,22 @@ class RunLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         if state["total"] != len(self):
             raise InputError(
-                f"the run has {state['total']} steps in its checkpoint and {len(self)} now: the training data has "
+                f"the run has {state['total']} batches in its checkpoint and {len(self)} now: the training data has "
                 f"changed. Put the data back as it was, or start another run."
             )
         self.taken = state["taken"]
 
 
-def eval_loader(split: EncodedSplit, collator: Collator, batch_size: int, **kwargs: Any) -> DataLoader:
-    """Every example once, sorted by length."""
+def eval_loader(
+    split: EncodedSplit, collator: Collator, batch_size: int, rank: int = 0, ranks: int = 1, **kwargs: Any
+) -> DataLoader:
+    """Every example once, sorted by length. The batches are the same whatever the number of ranks, and are dealt to
+    them in turn; a rank that would have fewer takes its last one (or the first of all) twice, so that all take equally
+    many.
+    """
     order = np.argsort(split.lengths, kind="stable")
     batches = [part.tolist() for part in np.split(order, range(batch_size, len(order), batch_size))]
+    own = batches[rank::ranks] or batches[:1]
+    own += own[-1:] * (-(-len(batches) // ranks) - len(own))
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(split, batch_sampler=batches, collate_fn=collator, generator=generator, **kwargs)  # type: ignore[arg-type]
+    return DataLoader(split, batch_sampler=own, collate_fn=collator, generator=generator, **kwargs)  # type: ignore[arg-type]

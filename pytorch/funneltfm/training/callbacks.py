@@ -1,19 +1,28 @@
 """What happens beside the training steps: when to validate, what to record, what to show."""
 
+import contextlib
 import csv
 import logging
+import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 from lightning import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from tqdm import tqdm
 
 from funneltfm.errors import InputError
 from funneltfm.files import atomic_path
+from funneltfm.training import ranks
+from funneltfm.training.precision import AmpPrecision
+from funneltfm.training.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +35,13 @@ class ValidateAt(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates when the number of batches is a multiple of this.
-        trainer.val_check_batch = 1 if batch_idx + 1 in self.steps else sys.maxsize
+        trainer.val_check_batch = 1 if ended_step(trainer, batch_idx) in self.steps else sys.maxsize
+
+
+def ended_step(trainer: lightning.Trainer, batch_idx: int) -> int:
+    """The step (1-based) that ends with this batch, or 0 where more batches belong to it."""
+    step, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+    return 0 if rest else step
 
 
 def validation_steps(total: int, n_valid: int) -> set[int]:
@@ -36,15 +51,20 @@ def validation_steps(total: int, n_valid: int) -> set[int]:
 
 class History(Callback):
     """The run's numbers: rows for metrics.csv, kept in the checkpoint, so that a resumed run goes on with the same
-    table.
+    table. It stops a run whose loss is no number.
+
+    path: metrics.csv. per_epoch: steps in an epoch. log_every: steps between rows. main: name of the metric that
+    selects the best. ids: each training example's own id.
     """
 
-    def __init__(self, path: Path, per_epoch: int, log_every: int, main: str):
-        self.path, self.per_epoch, self.log_every, self.main = path, per_epoch, log_every, main
+    def __init__(self, path: Path, per_epoch: int, log_every: int, main: str, ids: Sequence[str] | np.ndarray):
+        self.path, self.per_epoch, self.log_every, self.main, self.ids = path, per_epoch, log_every, main, ids
         self.rows: list[dict[str, float]] = []
         self.train_seconds = 0.0
         self.examples = 0
-        self._losses: list[Any] = []
+        self._losses: list[float] = []  # of the steps since the last row, of all processes
+        self._own: list[tuple[int, Any, Any]] = []  # (step, loss, example indices) of this process's batches
+        self._own_examples = 0
         self._since = (0.0, 0)
         self._tick = 0.0
         self._lr = 0.0
@@ -71,21 +91,52 @@ class History(Callback):
         now = time.perf_counter()
         self.train_seconds += now - self._tick
         self._tick = now
-        self.examples += len(batch["index"])
-        self._losses.append(outputs["loss"].detach())
-        step = batch_idx + 1
-        if step % self.log_every == 0 or step == trainer.num_training_batches:
+        self._own_examples += len(batch["index"]) if batch["weight"] else 0
+        self._own.append((batch_idx // trainer.accumulate_grad_batches + 1, outputs["loss"].detach(), batch["index"]))
+        step = ended_step(trainer, batch_idx)
+        if not step:
+            return
+        logs = step % self.log_every == 0 or step == trainer.num_training_batches // trainer.accumulate_grad_batches
+        if logs or module.device.type == "cpu":  # a GPU is not made to wait at every step
+            self._check_losses()
+        if logs:
+            self._pool()
             seconds, examples = self.train_seconds - self._since[0], self.examples - self._since[1]
             self._since = self.train_seconds, self.examples
-            loss = sum(map(float, self._losses)) / len(self._losses)
+            loss = sum(self._losses) / len(self._losses)
             self._losses = []
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise InputError(
-                    f"the training loss is not finite at step {step}. Training has diverged: lower --lr, or raise "
-                    f"--warmup_prop."
-                )
-            rate = examples / seconds if seconds else 0.0
-            self._add(step, {"lr": self._lr, "train/loss": loss, "examples_per_second": rate})
+            values = {"lr": self._lr, "train/loss": loss, "examples_per_second": examples / seconds if seconds else 0.0}
+            precision = trainer.precision_plugin
+            if isinstance(precision, AmpPrecision) and precision.scaler is not None:
+                values |= {"loss_scale": precision.scaler.get_scale(), "skipped_steps": precision.skipped}
+            self._add(step, values)
+
+    def _check_losses(self) -> None:
+        """Stop at the first step whose loss is not finite, in whichever process."""
+        bad = next(((step, loss, index) for step, loss, index in self._own if not loss.isfinite()), None)
+        if not ranks.any_rank(bad is not None):
+            return
+        first = min(b for b in ranks.gather(bad and (bad[0], float(bad[1]), bad[2].tolist())) if b is not None)
+        step, loss, index = first
+        names = [str(self.ids[i]) for i in index]
+        ranks.fail(
+            InputError(
+                f"the training loss is {loss} at step {step} (epoch {step / self.per_epoch:.2f}), on the examples with "
+                f"the ids {', '.join(names[:32])}{', ...' if len(names) > 32 else ''}. Training has diverged: lower "
+                f"--lr, raise --warmup_prop, or lower --clip; with --fp16 try --amp_opt=O1 or --bf16. The checkpoint "
+                f"before is kept."
+            )
+        )
+
+    def _pool(self) -> None:
+        """Put this process's steps together with those of the others."""
+        by_step: dict[int, float] = {}
+        for step, loss, _ in self._own:
+            by_step[step] = by_step.get(step, 0.0) + float(loss)  # Lightning has divided by the number of batches
+        gathered = ranks.gather((list(by_step.values()), self._own_examples))
+        self._losses += [sum(of_step) / ranks.size() for of_step in zip(*(g[0] for g in gathered), strict=True)]
+        self.examples += sum(examples for _, examples in gathered)
+        self._own, self._own_examples = [], 0
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._tick = 0.0
@@ -95,6 +146,8 @@ class History(Callback):
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+        if not ranks.is_main():
+            return
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, columns, restval="")
@@ -102,20 +155,94 @@ class History(Callback):
             writer.writerows(self.rows)
 
     def state_dict(self) -> dict[str, Any]:
-        losses = [float(loss) for loss in self._losses]
-        since = list(self._since)
+        self._check_losses()  # what has diverged is not worth a checkpoint
+        self._pool()
         return {
             "rows": self.rows,
             "train_seconds": self.train_seconds,
             "examples": self.examples,
-            "losses": losses,
-            "since": since,
+            "losses": self._losses,
+            "since": list(self._since),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
         self.train_seconds, self.examples = state["train_seconds"], state["examples"]
         self._losses, self._since = state["losses"], tuple(state["since"])
+
+
+class Leave(Exception):
+    """Raised in training after a signal, when everything is saved."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(signum, step)
+        self.signum, self.step = signum, step
+
+
+class SaveRun(Checkpoint):
+    """Saves the whole state of a run: after validations, every `every` steps (0: not), and when a signal asks to stop.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (how SLURM announces the end) end the run after the present step; a second
+    Ctrl-C ends a single process at once. The checkpoint before is kept as previous.ckpt, so that a damaged last.ckpt
+    costs little. `validations` are the steps after which a validation follows, and with it the saving.
+    """
+
+    def __init__(self, run_dir: RunDir, every: int, validations: set[int]):
+        self.run_dir, self.every, self.validations = run_dir, every, validations
+        self.signum = 0
+
+    # ---- signals
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Put the handlers of signals back at the end."""
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {signum: signal.getsignal(signum) for signum in signals}
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for signum, handler in before.items():
+                    signal.signal(signum, handler)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        # After Lightning's own handlers, which would end the run without saving.
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self.signum == signum == signal.SIGINT and ranks.size() == 1:
+            raise KeyboardInterrupt  # asked twice
+        self.signum = signum
+        if ranks.is_main():
+            os.write(2, b"\nstopping after this step ...\n")  # safe in a signal handler, unlike print
+
+    # ---- saving
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = ended_step(trainer, batch_idx)
+        if not step or step in self.validations:
+            return
+        leaves = ranks.any_rank(self.signum > 0)
+        if leaves or (self.every and step % self.every == 0):
+            self._save(trainer, leaves)
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._save(trainer, ranks.any_rank(self.signum > 0))
+
+    def _save(self, trainer: lightning.Trainer, leaves: bool) -> None:
+        new, last, previous = self.run_dir.resumable
+        trainer.save_checkpoint(new)
+        if ranks.is_main():
+            if last.is_file():
+                os.replace(last, previous)
+            os.replace(new, last)
+        if leaves:
+            ranks.fail(Leave(max(ranks.gather(self.signum)), trainer.global_step))
 
 
 class Progress(Callback):
@@ -128,14 +255,14 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._shown = len(self.history.rows)
-        if sys.stderr.isatty():
-            total = int(trainer.num_training_batches)
+        if ranks.is_main() and sys.stderr.isatty():
+            total = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
             self._bar = tqdm(total=total, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None:
+        if self._bar is not None and ended_step(trainer, batch_idx):
             self._bar.update()
         self._show(trainer)
 
@@ -155,9 +282,10 @@ class Progress(Callback):
                     {"loss": f"{row['train/loss']:.4f}", "ex/s": f"{row['examples_per_second']:.0f}"}, refresh=False
                 )
             else:
-                left = (trainer.num_training_batches - row["step"]) * self.history.train_seconds / row["step"]
+                total = trainer.num_training_batches // trainer.accumulate_grad_batches
+                left = (total - row["step"]) * self.history.train_seconds / row["step"]
                 self._say(
-                    f"step {row['step']}/{trainer.num_training_batches}  epoch {row['epoch']:.2f}  loss "
+                    f"step {row['step']}/{total}  epoch {row['epoch']:.2f}  loss "
                     f"{row['train/loss']:.4f}  lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  "
                     f"{tqdm.format_interval(left)} left"
                 )

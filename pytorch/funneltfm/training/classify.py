@@ -3,6 +3,8 @@ classify` are doors to it.
 """
 
 import contextlib
+import copy
+import functools
 import json
 import logging
 import platform
@@ -18,24 +20,31 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from funneltfm.data.batching import Collator, RunLoader, eval_loader
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, Stopped
 from funneltfm.files import atomic_path, write_json, write_text
 from funneltfm.funnel.checkpoints import save_checkpoint
 from funneltfm.funnel.model import FunnelTFM
-from funneltfm.training import plots
-from funneltfm.training.callbacks import History, Progress, ValidateAt, validation_steps
-from funneltfm.training.checkpoint_io import WholeCheckpoints
+from funneltfm.training import plots, ranks
+from funneltfm.training.callbacks import History, Leave, Progress, SaveRun, ValidateAt, validation_steps
+from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, make_args
+from funneltfm.training.launch import start, start_on_ray
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
 from funneltfm.training.rundir import RunDir, find_run
 from funneltfm.training.setup import (
     Data,
-    choose_device,
+    Devices,
+    backend,
+    choose_devices,
     goes_on,
     load_data,
     make_model,
+    make_trainer,
     score_baselines,
+    take_place,
+    task_name,
+    warn_of_diverging,
     with_absolute_paths,
     with_run_flags,
 )
@@ -49,25 +58,51 @@ def classify(**flags: Any) -> dict[str, Any]:
 
 
 def run(args: Args) -> dict[str, Any]:
-    """One run: read data, build or load the model, train, keep the best, evaluate, write it all down."""
+    """One run: read data, build or load the model, train, keep the best, evaluate, write it all down.
+
+    With several processes each runs this; the main one writes the files. Where they are still to be started, this
+    starts them and waits.
+    """
+    args = copy.copy(args)
+    place = take_place(args)
     args = with_run_flags(args)
-    data = load_data(args)
-    device = choose_device(args)
-    run_dir = find_run(args.model_dir, data.task.spec.name, goes_on(args), args.overwrite)
-    if args.resume and not run_dir.last.is_file():
-        raise InputError(f"there is nothing to resume: no {run_dir.last}. Start without --resume.")
+    if place is None and args.distributed_world_size > 1:
+        return _launch(args)
+    with ranks.joined(place, backend(args)), _log_ranks(args.log_all_processes):
+        return _run(args)
+
+
+def _launch(args: Args) -> dict[str, Any]:
+    run_dir = find_run(args.model_dir, task_name(args), goes_on(args), args.overwrite)
+    (start_on_ray if args.launcher == "ray" else start)(args, run_dir.root)
+    return json.loads(run_dir.results.read_text(encoding="utf-8"))
+
+
+def _run(args: Args) -> dict[str, Any]:
+    data = ranks.main_first(lambda: load_data(args))
+    devices = choose_devices(args)
+    find = functools.partial(find_run, args.model_dir, data.task.spec.name, goes_on(args), args.overwrite)
+    run_dir = ranks.main_decides(find)
+    resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable)) if args.resume else None
     lightning.seed_everything(args.seed, verbose=False)
-    model = make_model(args, data, run_dir)
-    if args.overwrite and not goes_on(args):
+    model = ranks.main_first(lambda: make_model(args, data, run_dir))
+    torch.manual_seed(args.seed + ranks.rank())  # every process has its own dropout, and the main one's is as ever
+    model.gradient_checkpointing = args.gradient_checkpointing
+    warn_of_diverging(args, model.net_config)
+    if ranks.is_main() and not goes_on(args) and args.overwrite:
         run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
     with _log_file(args, run_dir), _quiet():
         n_param = sum(p.numel() for p in model.parameters())
         log.info("%s: %s examples; %s parameters; %s", data.task.spec.name, data.sizes(), f"{n_param:,}", run_dir.root)
-        history = None if args.test_only else _train(args, data, model, run_dir, device)
+        if ranks.size() > 1:
+            log.info("%d processes, %s, %s", ranks.size(), devices.accelerator, devices.precision)
+        history = None if args.test_only else _train(args, data, model, run_dir, devices, resume_from)
         logits = {
-            split: predict(model, data, split, args, device) for split in data.splits if not split.startswith("train")
+            split: predict(model, data, split, args, devices) for split in data.splits if not split.startswith("train")
         }
-        results = _results(args, data, logits, history, run_dir) | _facts(args, n_param, device)
+        results = _results(args, data, logits, history, run_dir) | _facts(args, n_param, devices)
+        if not ranks.is_main():
+            return results
         write_json(run_dir.results, results)
         if args.write_prediction:
             for split, values in logits.items():
@@ -102,12 +137,13 @@ def _results(
     return results
 
 
-def _facts(args: Args, n_param: int, device: dict[str, Any]) -> dict[str, Any]:
+def _facts(args: Args, n_param: int, devices: Devices) -> dict[str, Any]:
     return {
         "parameters": n_param,
         "seed": args.seed,
-        "device": device["accelerator"],
-        "precision": device["precision"],
+        "device": devices.accelerator,
+        "processes": ranks.size(),
+        "precision": devices.precision,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -136,63 +172,77 @@ def _plot(data: Data, logits: dict[str, np.ndarray], history: History | None, ru
 # ---- training and evaluation
 
 
-def _trainer(device: dict[str, Any], **kwargs: Any) -> lightning.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return lightning.Trainer(
-        **device,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        **kwargs,
-    )
-
-
 def _collator(args: Args, model: FunnelTFM) -> Collator:
     return Collator(model.net_config, args.pad_to, args.max_length, args.seg_id_pad)
 
 
-def _train(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, device: dict[str, Any]) -> History:
+def _train(
+    args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, devices: Devices, resume_from: Path | None
+) -> History:
     """Train, and load the best weights into `model`."""
-    flags = with_absolute_paths(args.flags() | {"model_dir": str(run_dir.root), "resume": False, "overwrite": False})
-    write_text(run_dir.config, yaml.safe_dump(flags, sort_keys=False))
+    if ranks.is_main():
+        flags = with_absolute_paths(
+            args.flags() | {"model_dir": str(run_dir.root), "resume": False, "overwrite": False}
+        )
+        write_text(run_dir.config, yaml.safe_dump(flags, sort_keys=False))
     collator = _collator(args, model)
-    workers: Any = {"num_workers": args.num_workers}
-    train_loader = RunLoader(data.splits["train"], collator, args.train_bsz, args.epochs, args.seed, **workers)
-    valid_loaders = [eval_loader(data.splits[split], collator, args.valid_bsz, **workers) for split in data.valid]
-    total = len(train_loader)
+    own: Any = {"rank": ranks.rank(), "ranks": ranks.size(), "num_workers": args.num_workers}
+    train = data.splits["train"]
+    accumulate = args.accumulate_grad_batches
+    train_loader = RunLoader(train, collator, args.train_bsz, args.epochs, args.seed, accumulate, **own)
+    valid_loaders = [eval_loader(data.splits[split], collator, args.valid_bsz, **own) for split in data.valid]
+    total, per_epoch = train_loader.steps, train_loader.steps_per_epoch
     main = f"{data.valid[0]}/{data.task.main_metric}"
-    log_every = max(1, train_loader.per_epoch // args.n_log_epoch)
 
     pipeline = Pipeline(model, data.task, args, total, data.valid)
-    history = History(run_dir.metrics, train_loader.per_epoch, log_every, main)
-    save: Any = {
-        "dirpath": run_dir.checkpoints,
-        "enable_version_counter": False,
-        "save_on_train_epoch_end": False,
-    }
-    best = ModelCheckpoint(filename="best", monitor=main, mode="max", save_weights_only=True, **save)
-    last = ModelCheckpoint(filename="last", **save)
-    callbacks = [ValidateAt(validation_steps(total, args.n_valid)), history, Progress(history), best, last]
-    trainer = _trainer(
-        device,
+    validations = validation_steps(total, args.n_valid)
+    history = History(run_dir.metrics, per_epoch, max(1, per_epoch // args.n_log_epoch), main, train.ids)
+    best = ModelCheckpoint(
+        dirpath=run_dir.checkpoints,
+        filename="best",
+        monitor=main,
+        mode="max",
+        save_weights_only=True,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    save = SaveRun(run_dir, args.save_steps, validations)
+    trainer = make_trainer(
+        args,
+        devices,
         max_epochs=1,  # one pass over all epochs: see RunLoader
-        val_check_interval=total,
+        val_check_interval=len(train_loader),
+        accumulate_grad_batches=accumulate,
         gradient_clip_val=args.clip or None,
-        callbacks=callbacks,
+        callbacks=[ValidateAt(validations), history, Progress(history), best, save],
         default_root_dir=run_dir.root,
         plugins=[WholeCheckpoints()],
     )
     try:
-        last_ckpt = run_dir.last if args.resume else None
-        trainer.fit(pipeline, train_loader, valid_loaders, ckpt_path=last_ckpt, weights_only=True)
-    except SystemExit:  # how Lightning leaves after Ctrl-C
+        with save.listening():
+            trainer.fit(pipeline, train_loader, valid_loaders, ckpt_path=resume_from, weights_only=True)
+    except Leave as leave:
+        hint = f"Saved after step {leave.step}; go on with --resume --model_dir={run_dir.root}"
+        raise Stopped(leave.signum, hint) from None
+    except SystemExit:  # how Lightning leaves after a KeyboardInterrupt
+        if not ranks.is_main():
+            raise
         hint = f"Go on with --resume --model_dir={run_dir.root}" if run_dir.last.is_file() else "Nothing was saved yet"
         raise KeyboardInterrupt(f"{hint}.") from None
-    state = torch.load(run_dir.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    state = ranks.main_decides(lambda: _best_state(run_dir))
+    model.float().load_state_dict(state)
+    if ranks.is_main():
+        _export(args, data, model, run_dir)
+    return history
 
+
+def _best_state(run_dir: RunDir) -> dict[str, torch.Tensor]:
+    state = WholeCheckpoints().load_checkpoint(run_dir.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)
+    return {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
+
+
+def _export(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir) -> None:
+    """The best model as people use it: weights under the original's names, config, labels, vocabulary."""
     run_dir.model.parent.mkdir(exist_ok=True)
     save_checkpoint(model, run_dir.model)
     model.net_config.to_json(run_dir.net_config)
@@ -202,22 +252,26 @@ def _train(args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, device: di
         temporary.write_bytes(data.vocabulary)
     text = {"tokenizer_type": args.tokenizer_type, "cased": args.cased, "max_length": args.max_length}
     write_json(run_dir.text_config, text | {"vocabulary": vocabulary})
-    return history
 
 
-def predict(model: FunnelTFM, data: Data, split: str, args: Args, device: dict[str, Any]) -> np.ndarray:
-    """Logits (N, C) of every example of a split, in its order."""
+def predict(model: FunnelTFM, data: Data, split: str, args: Args, devices: Devices) -> np.ndarray:
+    """Logits (N, C) of every example of a split, in its order; in every process those of all."""
     batch_size = args.test_bsz if split.startswith("test") else args.valid_bsz
-    loader = eval_loader(data.splits[split], _collator(args, model), batch_size, num_workers=args.num_workers)
+    own: Any = {"rank": ranks.rank(), "ranks": ranks.size(), "num_workers": args.num_workers}
+    loader = eval_loader(data.splits[split], _collator(args, model), batch_size, **own)
     pipeline = Pipeline(model, data.task, args, 0, ())
-    _trainer(device, enable_checkpointing=False).test(pipeline, loader, verbose=False)
-    index, logits = (torch.cat(part) for part in zip(*pipeline.predictions, strict=True))
-    if not logits.isfinite().all():
-        raise InputError(
-            f"the model gives no numbers (NaN or infinity) on {split}. Its checkpoint is damaged, or its training "
-            f"diverged."
+    make_trainer(args, devices, enable_checkpointing=False).test(pipeline, loader, verbose=False)
+    logits = pipeline.predictions
+    if len(logits) != len(data.splits[split]):
+        raise RuntimeError(f"{len(logits)} predictions for the {len(data.splits[split])} examples of {split}")
+    if not np.isfinite(logits).all():
+        ranks.fail(
+            InputError(
+                f"the model gives no numbers (NaN or infinity) on {split}. Its checkpoint is damaged, or its training "
+                f"diverged."
+            )
         )
-    return logits[index.argsort()].numpy()
+    return logits
 
 
 # ---- the end
@@ -227,17 +281,52 @@ def predict(model: FunnelTFM, data: Data, split: str, args: Args, device: dict[s
 def _quiet() -> Iterator[None]:
     """Leave out what Lightning says that is of no use here: advice on workers, and a deprecation in its own code."""
     with warnings.catch_warnings():
-        for message in (".*LeafSpec.*", ".*does not have many workers.*", "Checkpoint directory .* exists"):
+        for message in (
+            ".*LeafSpec.*",
+            ".*does not have many workers.*",
+            "Checkpoint directory .* exists",
+            ".*sync_dist=True.*",
+        ):
             warnings.filterwarnings("ignore", message=message)
         yield
 
 
 @contextlib.contextmanager
+def _log_ranks(everyone: bool) -> Iterator[None]:
+    """The main process logs; the others where that was asked for, with their rank in front."""
+    logger = logging.getLogger("funneltfm")
+    rank = ranks.rank()
+
+    def sieve(record: logging.LogRecord) -> bool:
+        record.msg = f"[rank {rank}] {record.msg}" if rank else record.msg
+        return everyone or rank == 0
+
+    handlers = list(logger.handlers) if ranks.size() > 1 else []
+    for handler in handlers:
+        handler.addFilter(sieve)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(sieve)
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk is an error, not a note on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # called while the error is handled
+
+
+@contextlib.contextmanager
 def _log_file(args: Args, run_dir: RunDir) -> Iterator[None]:
-    """Everything that is logged also goes into the run's log file."""
+    """Everything that the main process logs also goes into the run's log file."""
+    if not ranks.is_main():
+        yield
+        return
     path = Path(args.log_path) if args.log_path else run_dir.root / "log.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode="a" if args.resume or args.test_only else "w", encoding="utf-8")
+    handler = _LogFile(path, mode="a" if args.resume or args.test_only else "w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     run_dir.root.mkdir(parents=True, exist_ok=True)  # after the log file, which may be elsewhere and impossible
     logger = logging.getLogger("funneltfm")
@@ -246,7 +335,8 @@ def _log_file(args: Args, run_dir: RunDir) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # what could not be written was told already
+            handler.close()
 
 
 def results_table(results: dict[str, Any]) -> str:

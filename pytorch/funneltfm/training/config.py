@@ -94,12 +94,18 @@ class TrainFlags:
     """Passes over the training data."""
     train_bsz: int = 16
     """Batch size in training, per device."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients make one step: a step learns from train_bsz * devices * this many examples."""
+    gradient_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: less memory, more time, the same numbers."""
     valid_bsz: int = 32
     """Batch size in validation."""
     test_bsz: int = 32
     """Batch size in testing."""
     n_valid: int = 10
     """Validations in the run, evenly spaced, the last one at the end."""
+    save_steps: int = 0
+    """Save a checkpoint to resume from every so many steps too; 0 saves at validations and when asked to stop."""
     n_log_epoch: int = 20
     """Log lines in an epoch."""
     seed: int = 42
@@ -135,25 +141,35 @@ class DeviceFlags:
     """Devices and precision"""
 
     device_id: int = 0
-    """GPU to use; -1 is the CPU. Without a GPU the CPU is used."""
+    """GPU to use; -1 is the CPU. Without a GPU the CPU is used. Several processes take one GPU each."""
     fp16: bool = False
-    """Half precision on a GPU, in the way that amp_opt says."""
+    """Train in fp16, in the way that amp_opt says."""
+    bf16: bool = False
+    """Train in bf16, in the way that amp_opt says: the range of fp32, so no loss scaling, and fewer digits."""
     amp_opt: Literal["O0", "O1", "O2", "O3"] = "O2"
-    """With fp16: O0 is fp32, O1 autocast with loss scaling, O2 half weights with fp32 masters (not available yet:
-    an error), O3 pure half.
+    """With fp16 or bf16: O0 is fp32, O1 fp32 weights and autocast, O2 half weights with norms and master weights in
+    fp32, O3 all half. O1 and O2 scale the loss of fp16 dynamically.
     """
     distributed_world_size: int = 1
-    """Number of processes. More than one is not available yet: an error."""
+    """Number of processes; 0 is one for each GPU, or two where there is none. They are started here, unless torchrun,
+    SLURM or Ray has started them.
+    """
     distributed_rank: int = 0
-    """Rank of this process."""
+    """Rank of this process, where it is started by hand (with distributed_init_method)."""
     distributed_init_method: str | None = None
-    """Address at which processes meet."""
+    """tcp://HOST:PORT of the process of rank 0, where processes are started by hand. device_id is then the GPU."""
     distributed_port: int = 11111
-    """Port at which processes meet."""
-    distributed_backend: str = "nccl"
-    """How processes talk."""
+    """Port at which the processes started here meet. Default: a free one."""
+    distributed_backend: Literal["nccl", "gloo"] = "nccl"
+    """How GPUs talk to each other; CPUs always use gloo."""
     ddp_backend: Literal["apex", "pytorch"] = "pytorch"
-    """Data-parallel implementation."""
+    """Data parallelism of PyTorch, or that of apex (and its fused optimizer) where the installed apex has them."""
+    strategy: str = "ddp"
+    """How several processes share the work: ddp, or on GPUs any other strategy of Lightning (fsdp, deepspeed_stage_2,
+    ...).
+    """
+    launcher: Literal["local", "ray"] = "local"
+    """Who starts the processes: this machine, or the Ray cluster at RAY_ADDRESS (a local one where there is none)."""
     log_all_processes: bool = False
     """Every process logs, not the first alone."""
 
@@ -169,8 +185,11 @@ GROUPS: tuple[tuple[str, type, tuple[str, ...]], ...] = (
     ("Devices and precision", DeviceFlags, ()),
 )
 
-_POSITIVE = ("lr", "epochs", "train_bsz", "valid_bsz", "test_bsz", "n_valid", "n_log_epoch", "distributed_world_size")
-_NOT_NEGATIVE = ("min_lr", "weight_decay", "clip", "seed", "num_workers", "seg_id_a", "seg_id_b", "seg_id_pad")
+_POSITIVE = ("lr", "epochs", "train_bsz", "accumulate_grad_batches", "valid_bsz", "test_bsz", "n_valid", "n_log_epoch")
+_NOT_NEGATIVE = (
+    *("min_lr", "weight_decay", "clip", "seed", "num_workers", "seg_id_a", "seg_id_b", "seg_id_pad", "save_steps"),
+    *("distributed_world_size", "distributed_rank"),
+)
 
 
 class Args(SimpleNamespace):
@@ -233,7 +252,7 @@ def _check(args: Args) -> None:
         raise InputError(f"max_length must leave room for [CLS], [SEP] and text: at least 5; got {args.max_length}.")
     if args.device_id < -1:
         raise InputError(f"device_id must be the number of a GPU, or -1 for the CPU; got {args.device_id}.")
-    if args.distributed_world_size > 1:
-        raise InputError("distributed_world_size above 1 is not available yet; run one process.")
-    if args.fp16 and args.amp_opt == "O2":
-        raise InputError("amp_opt O2 is not available yet; give --amp_opt=O1 (or O0, O3).")
+    if not 0 < args.distributed_port < 2**16:
+        raise InputError(f"distributed_port must be between 1 and 65535; got {args.distributed_port}.")
+    if args.fp16 and args.bf16:
+        raise InputError("fp16 and bf16 exclude each other; give one.")

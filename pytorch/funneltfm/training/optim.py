@@ -1,10 +1,16 @@
 """AdamW with the right weight-decay groups, and the learning-rate schedule."""
 
+import importlib
+import logging
+from typing import Any
+
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from funneltfm.funnel.ops import LayerNorm
+
+log = logging.getLogger(__name__)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -17,9 +23,25 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def make_adamw(model: nn.Module, lr: float, weight_decay: float, fused: bool = True) -> AdamW:
-    """The original's AdamW: betas (.9, .99), eps 1e-6. `fused` takes one kernel for all parameters."""
-    return AdamW(decay_groups(model, weight_decay), lr=lr, betas=(0.9, 0.99), eps=1e-6, fused=fused)
+def make_adamw(model: nn.Module, lr: float, weight_decay: float, apex: bool = False) -> Optimizer:
+    """The original's AdamW: betas (.9, .99), eps 1e-6, in one kernel for all parameters; apex's own where wanted and
+    installed.
+    """
+    groups = decay_groups(model, weight_decay)
+    settings: Any = {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-6}
+    if apex and (fused_adam := from_apex("optimizers.FusedAdam", "torch.optim.AdamW(fused=True)")):
+        return fused_adam(groups, adam_w_mode=True, **settings)
+    return AdamW(groups, fused=True, **settings)
+
+
+def from_apex(name: str, instead: str) -> Any:
+    """What the installed apex offers under `name`, or None; then one line says what runs instead."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(f"apex.{module}"), attribute)
+    except (ImportError, AttributeError):
+        log.info("apex.%s is not installed, or not in the apex that is; %s runs instead.", name, instead)
+        return None
 
 
 def warmup_linear(step: int, total: int, warmup: int, min_ratio: float) -> float:
@@ -35,6 +57,6 @@ def warmup_linear(step: int, total: int, warmup: int, min_ratio: float) -> float
     return min_ratio + (1 - min_ratio) * remaining
 
 
-def make_schedule(optimizer: AdamW, total: int, warmup_prop: float, lr: float, min_lr: float) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, total: int, warmup_prop: float, lr: float, min_lr: float) -> LambdaLR:
     warmup = round(warmup_prop * total)
     return LambdaLR(optimizer, lambda step: warmup_linear(step, total, warmup, min_lr / lr))

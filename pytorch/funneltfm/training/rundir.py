@@ -42,6 +42,13 @@ class RunDir:
         return self.checkpoints / "last.ckpt"
 
     @property
+    def resumable(self) -> list[Path]:
+        """Where a checkpoint to resume from may be, from new to old. next.ckpt is only there after a kill between
+        writing and renaming.
+        """
+        return [self.checkpoints / name for name in ("next.ckpt", "last.ckpt", "previous.ckpt")]
+
+    @property
     def model(self) -> Path:
         """The best model under the original's names."""
         return self.root / "best" / "model.pt"

@@ -1,14 +1,17 @@
-"""From flags to what a run needs: its data, its model, its device."""
+"""From flags to what a run needs: its data, its model, its devices."""
 
 import dataclasses
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import lightning
 import torch
 import yaml
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from funneltfm.data.encoding import EncodedSplit, EncodingConfig, load_split
 from funneltfm.data.readers import DatasetSpec, custom_dataset, get_dataset, read_split, source_files
@@ -20,13 +23,13 @@ from funneltfm.funnel.config import ModelConfig, model_size
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.baselines import baselines
 from funneltfm.tasks.classification import Classification
+from funneltfm.training import ranks
 from funneltfm.training.config import MODEL_SKIP, Args, make_args
+from funneltfm.training.optim import from_apex
+from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.rundir import RunDir, find_run, read_labels
 
 log = logging.getLogger(__name__)
-
-_PRECISION = {"O0": "32-true", "O1": "16-mixed", "O3": "16-true"}
-
 
 # ---- data
 
@@ -69,8 +72,9 @@ def task_name(args: Args) -> str:
 
 # Flags that change neither what is learned nor in which order, so a resumed run may have others.
 _FREE_ON_RESUME = {
-    *("resume", "model_dir", "log_path", "output_dir", "overwrite_data", "num_workers"),
-    *("write_prediction", "baselines", "debug", "device_id", "test_bsz"),
+    *("resume", "model_dir", "log_path", "output_dir", "overwrite_data", "num_workers", "save_steps"),
+    *("write_prediction", "baselines", "debug", "device_id", "test_bsz", "log_all_processes", "launcher"),
+    *("distributed_rank", "distributed_init_method", "distributed_port", "distributed_backend"),
 }
 
 
@@ -95,7 +99,9 @@ def with_run_flags(args: Args) -> Args:
     run_dir = find_run(args.model_dir, name, going_on=True, overwrite=False)
     if not run_dir.config.is_file():
         return args
-    dropped = {"resume", "overwrite"} | ({"init_ckpt", "init_ckpt_config"} if args.test_only else set())
+    dropped = {"resume", "overwrite"}
+    if args.test_only:
+        dropped |= {"init_ckpt", "init_ckpt_config", "distributed_world_size", "launcher"}
     try:
         saved = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
         saved = {key: value for key, value in saved.items() if key not in dropped}
@@ -244,23 +250,127 @@ def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
     return model
 
 
-# ---- device
+# ---- devices
 
 
-def choose_device(args: Args) -> dict[str, Any]:
-    """Lightning's accelerator, devices and precision."""
-    precision = _PRECISION[args.amp_opt] if args.fp16 else "32-true"
-    device: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "precision": precision}
+def take_place(args: Args) -> ranks.Place | None:
+    """Where a launcher has put this process, if one has; the number of processes becomes a flag that is set."""
+    place = ranks.find_place(
+        args.distributed_world_size, args.distributed_rank, args.distributed_init_method, args.device_id
+    )
+    wanted = args.distributed_world_size
+    if place is not None:
+        if wanted > 1 and "distributed_world_size" in args.given and wanted != place.size:
+            raise InputError(f"--distributed_world_size={wanted}, but the launcher has started {place.size} processes.")
+        args.distributed_world_size = place.size
+        args.given |= {"distributed_world_size"}
+    elif wanted == 0:
+        gpus = torch.cuda.device_count() if args.device_id >= 0 else 0
+        args.distributed_world_size = gpus or 2
+    return place
+
+
+def backend(args: Args) -> str:
+    """How the processes talk."""
+    return args.distributed_backend if args.device_id >= 0 and torch.cuda.is_available() else "gloo"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a run runs on."""
+
+    accelerator: Literal["cpu", "cuda", "mps"]
+    index: int
+    """Number of the GPU; with several processes each takes the one of its place on the machine."""
+    level: str | None
+    """O0 to O3, or None for plain fp32."""
+    dtype: torch.dtype
+
+    @property
+    def precision(self) -> str:
+        """For people: "fp32", "fp16 O2", ..."""
+        return "fp32" if self.level in (None, "O0") else str(self.plugin())
+
+    def plugin(self) -> AmpPrecision | None:
+        """A new precision plugin; it holds the state of one training."""
+        return None if self.level in (None, "O0") else AmpPrecision(self.level, self.dtype, self.accelerator)  # type: ignore[arg-type]
+
+
+def choose_devices(args: Args) -> Devices:
+    """The accelerator and the precision that the flags ask for; an InputError where this machine lacks it."""
+    kind: Literal["cpu", "cuda", "mps"] = "cpu"
     if args.device_id >= 0 and torch.cuda.is_available():
-        if args.device_id >= torch.cuda.device_count():
-            raise InputError(f"device_id {args.device_id}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}.")
-        device |= {"accelerator": "cuda", "devices": [args.device_id]}
+        kind = "cuda"
+        gpus, wanted = torch.cuda.device_count(), ranks.local_size() if ranks.size() > 1 else args.device_id + 1
+        if wanted > gpus:
+            what = f"{wanted} processes" if ranks.size() > 1 else f"device_id {args.device_id}"
+            raise InputError(f"{what}: this machine has {gpus} GPUs, numbered from 0. --device_id=-1 is the CPU.")
     elif args.device_id >= 0 and torch.backends.mps.is_available():
-        device |= {"accelerator": "mps"}
-    elif args.device_id > 0:
+        kind = "mps"
+    elif args.device_id > 0 and args.distributed_init_method is None:
         raise InputError(f"device_id {args.device_id}: this machine has no GPU. Leave it out, or give -1 for the CPU.")
-    if precision != "32-true" and device["accelerator"] != "cuda":
-        raise InputError(
-            f"--fp16 with --amp_opt={args.amp_opt} needs a CUDA GPU, and this run is on the {device['accelerator']}."
+    if not (args.fp16 or args.bf16) and "amp_opt" in args.given and args.amp_opt != "O0":
+        raise InputError(f"--amp_opt={args.amp_opt} needs --fp16 or --bf16.")
+    if (args.fp16 or args.bf16) and kind == "mps":
+        raise InputError("--fp16 and --bf16 run on CUDA and on the CPU (--device_id=-1), not on MPS.")
+    if "distributed_backend" in args.given and args.distributed_backend == "nccl" and kind != "cuda":
+        raise InputError("--distributed_backend=nccl needs GPUs; leave it out.")
+    if ranks.size() > 1 and args.strategy != "ddp" and kind != "cuda":
+        raise InputError(f"--strategy={args.strategy} needs GPUs; on the {kind} there is ddp.")
+    level = args.amp_opt if args.fp16 or args.bf16 else None
+    return Devices(kind, args.device_id, level, torch.bfloat16 if args.bf16 else torch.float16)
+
+
+def warn_of_diverging(args: Args, config: ModelConfig) -> None:
+    """The largest published model diverges in O2, as its authors found."""
+    if args.fp16 and args.amp_opt == "O2" and config.block_size == "10_10_10" and config.d_model == 1024:
+        log.warning(
+            "B10-10-10H1024 with --amp_opt=O2 is known to be unstable; its authors recommend --amp_opt=O1 for it."
         )
-    return device
+
+
+def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Trainer:
+    """Lightning's Trainer for these devices and all processes of the run."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    plugins = kwargs.pop("plugins", [])
+    precision = devices.plugin()
+    if ranks.size() > 1:
+        kwargs |= {"devices": ranks.local_size(), "num_nodes": ranks.size() // ranks.local_size()}
+        kwargs["strategy"] = _strategy(args, devices)
+        plugins = [*plugins, TorchElasticEnvironment()]  # ranks.joined has put everything into the environment
+        if args.strategy != "ddp" and precision is not None:
+            if devices.level != "O1":
+                raise InputError(f"--strategy={args.strategy} takes --amp_opt=O1; {devices.level} is for ddp.")
+            kwargs["precision"] = "bf16-mixed" if devices.dtype == torch.bfloat16 else "16-mixed"
+            precision = None
+    else:
+        kwargs["devices"] = [devices.index] if devices.accelerator == "cuda" else 1
+    return lightning.Trainer(
+        accelerator=devices.accelerator,
+        plugins=[*plugins, *([precision] if precision else [])],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+
+
+def _strategy(args: Args, devices: Devices) -> Any:
+    if args.strategy != "ddp":
+        from lightning.pytorch.strategies import StrategyRegistry
+
+        if args.strategy not in StrategyRegistry:
+            raise InputError(
+                f"strategy {args.strategy!r} is none of {', '.join(StrategyRegistry.available_strategies())}."
+            )
+        return args.strategy
+    if args.ddp_backend == "apex" and (apex_ddp := from_apex("parallel.DistributedDataParallel", "torch's own DDP")):
+
+        class ApexStrategy(DDPStrategy):
+            def _setup_model(self, model: torch.nn.Module) -> Any:
+                return apex_ddp(model)
+
+        return ApexStrategy()
+    return DDPStrategy()
