@@ -30,4 +30,4 @@ else
         --lr=5e-4 --epochs=10 --train_bsz=32 --n_log_epoch=1 --baselines --write_prediction
     )
 fi
-exec "$PYTHON" "$ROOT/pytorch/classifier.py" "${flags[@]}" "$@"
+exec "$PYTHON" "$ROOT/pytorch/${PROGRAM:-classifier.py}" "${flags[@]}" "$@"

@@ -25,8 +25,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say whose
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def torch_save(value: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save with errors that name their reason; its own, of a full disk, says "unexpected pos"."""
+    import torch  # reading files needs no torch
+
+    try:
+        with open(path, "wb") as handle:
+            torch.save(value, handle)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -196,7 +196,7 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, object], list[str]]]
     "file as output_dir": ({"proc": "mine"}, {"output_dir": "proc"}, ["proc"]),
     "folder as log_path": ({}, {"log_path": "data"}, ["data"]),
     "model_dir with a run": ({"run/results.json": "{}"}, {}, ["run already holds a run", "--resume", "--overwrite"]),
-    "nothing to resume": ({}, {"resume": "true"}, ["nothing to resume", "last.ckpt", "without --resume"]),
+    "nothing to resume": ({}, {"resume": "true"}, ["nothing to resume", "run/checkpoints", "without --resume"]),
     "nothing to test": ({}, {"test_only": "true"}, ["--test_only", "--init_ckpt", "--model_dir"]),
     "missing checkpoint": ({}, {"init_ckpt": "none.pt"}, ["none.pt", "no such file"]),
     "unreadable checkpoint": (
@@ -237,9 +237,18 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, object], list[str]]]
         {"flags.yaml": "learning_rte: 1\n"}, {"config": "flags.yaml"}, ["learning_rte", "flags.yaml"]
     ),
     "no such gpu": ({}, {"device_id": 99}, ["device_id", "99", "-1"]),
-    "half precision": ({}, {"fp16": "true"}, ["O2", "--amp_opt=O1"]),
-    "half precision on a cpu": ({}, {"fp16": "true", "amp_opt": "O1"}, ["--fp16", "CUDA", "cpu"]),
-    "many processes": ({}, {"distributed_world_size": 2}, ["distributed_world_size", "one process"]),
+    "level without precision": ({}, {"amp_opt": "O1"}, ["--amp_opt=O1", "--fp16", "--bf16"]),
+    "two precisions": ({}, {"fp16": "true", "bf16": "true"}, ["fp16", "bf16", "exclude"]),
+    "no such level": ({}, {"fp16": "true", "amp_opt": "O4"}, ["amp_opt", "O4", "O0", "O3"]),
+    "nccl without gpus": ({}, {"distributed_backend": "nccl"}, ["--distributed_backend=nccl", "GPUs"]),
+    "fewer than no processes": ({}, {"distributed_world_size": -2}, ["distributed_world_size", "-2"]),
+    "no place to meet": (
+        {}, {"distributed_init_method": "file:///x", "distributed_world_size": 2}, ["tcp://HOST:PORT", "file:///x"]
+    ),
+    "rank without place": (
+        {}, {"distributed_init_method": "tcp://127.0.0.1:1", "distributed_world_size": 2, "distributed_rank": 2},
+        ["distributed_rank", "below distributed_world_size, 2"],
+    ),
     "seed too large": ({}, {"seed": 2**32}, ["seed", "4294967296"]),
 }  # fmt: skip
 

@@ -2,12 +2,13 @@
 on the batch.
 """
 
+import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from funneltfm.data.batching import Collator, RunLoader, epoch_batches, eval_loader
@@ -199,7 +200,7 @@ def test_a_sentence_alone_and_in_any_batch_is_the_same(
 
 
 def content(batches: list[dict]) -> list[tuple]:
-    return [tuple((key, value.tolist()) for key, value in sorted(batch.items())) for batch in batches]
+    return [tuple((key, torch.as_tensor(value).tolist()) for key, value in sorted(batch.items())) for batch in batches]
 
 
 def run_loader(epochs: int = 3, **kwargs: int) -> RunLoader:
@@ -208,8 +209,8 @@ def run_loader(epochs: int = 3, **kwargs: int) -> RunLoader:
 
 def test_run_loader_goes_over_every_epoch() -> None:
     loader = run_loader()
-    assert loader.per_epoch == 6
-    assert len(loader) == 18
+    assert loader.steps_per_epoch == 6
+    assert len(loader) == loader.steps == 18
     batches = list(loader)
     assert len(batches) == 18
     orders = []
@@ -250,7 +251,7 @@ def test_run_loader_resumes_with_workers() -> None:
 
 def test_run_loader_refuses_another_number_of_batches() -> None:
     """The state of a run on other data, or with another batch size, would skip the wrong examples."""
-    with pytest.raises(InputError, match="18 steps in its checkpoint and 24 now"):
+    with pytest.raises(InputError, match="18 batches in its checkpoint and 24 now"):
         run_loader(epochs=4).load_state_dict(run_loader().state_dict())
 
 
@@ -271,3 +272,125 @@ def test_eval_loader_covers_everything_once(batch_size: int) -> None:
     assert lengths.tolist() == split.lengths[order.numpy()].tolist()
     again = torch.cat([batch["index"] for batch in eval_loader(split, Collator(CONFIG), batch_size)])
     assert torch.equal(order, again)
+
+
+# ---- several processes, several batches a step
+
+
+def run_batches(
+    n: int, batch_size: int, epochs: int, ranks: int, accumulate: int
+) -> list[list[tuple[list[int], float]]]:
+    """What the loaders of a run take, by rank: (examples, weight)."""
+    split = split_of(lengths_of(n).tolist())
+    loaders = [
+        RunLoader(split, Collator(CONFIG, "longest"), batch_size, epochs, 5, accumulate, rank, ranks)
+        for rank in range(ranks)
+    ]
+    return [[(batch["index"].tolist(), batch["weight"]) for batch in loader] for loader in loaders]
+
+
+def steps_of(batches: list[list[tuple[list[int], float]]], accumulate: int) -> list[list[tuple[list[int], float]]]:
+    """The batches of all ranks that make each step."""
+    n = len(batches[0])
+    assert [len(of_rank) for of_rank in batches] == [n] * len(batches)  # or a rank would wait for ever
+    assert n % accumulate == 0  # or the last step of an epoch would take from the next
+    return [
+        [batch for of_rank in batches for batch in of_rank[start : start + accumulate]]
+        for start in range(0, n, accumulate)
+    ]
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+@settings(max_examples=60)
+def test_ranks_and_turns_share_an_epoch(n: int, batch_size: int, ranks: int, accumulate: int, epochs: int) -> None:
+    steps = steps_of(run_batches(n, batch_size, epochs, ranks, accumulate), accumulate)
+    assert len(steps) == epochs * -(-n // (batch_size * ranks * accumulate))
+    per_epoch = len(steps) // epochs
+    values = np.random.default_rng(0).normal(size=n)
+    for epoch in range(epochs):
+        taken = []
+        for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch]:
+            assert all(examples for examples, _ in step)  # every rank has something to compute on
+            assert all(len(examples) <= batch_size for examples, _ in step)
+            real = [examples for examples, weight in step if weight]
+            together = [i for examples in real for i in examples]
+            assert max(map(len, real)) - min(map(len, real)) <= 1  # dealt evenly
+            weighted = sum(weight * values[examples].mean() for examples, weight in step) / (ranks * accumulate)
+            assert weighted == pytest.approx(values[together].mean(), abs=1e-9)
+            taken += together
+        assert sorted(taken) == list(range(n))
+
+
+def test_a_full_step_has_weights_of_one() -> None:
+    """Bit for bit: then a run of one process is what it was without weights."""
+    for of_rank in run_batches(48, 4, 2, ranks=2, accumulate=3):
+        assert [weight for _, weight in of_rank] == [1.0] * 12
+    for examples, weight in run_batches(23, 4, 1, ranks=1, accumulate=1)[0]:
+        assert weight == 1.0, examples
+
+
+@pytest.mark.parametrize("n", [48, 50, 25, 3, 1])
+def test_however_a_step_is_shared_it_has_the_same_examples(n: int) -> None:
+    whole, ranks, turns, both = (
+        [
+            sorted(i for examples, weight in step if weight for i in examples)
+            for step in steps_of(run_batches(n, size, 3, ranks, accumulate), accumulate)
+        ]
+        for size, ranks, accumulate in ((24, 1, 1), (8, 3, 1), (6, 1, 4), (4, 2, 3))
+    )
+    assert whole == ranks == turns == both
+
+
+@pytest.mark.parametrize(("rank", "ranks", "accumulate"), [(0, 1, 3), (1, 2, 1), (0, 2, 3), (2, 3, 2)])
+def test_a_share_resumes_from_anywhere(rank: int, ranks: int, accumulate: int) -> None:
+    """Also in the middle of a window of accumulation, and at the border of two epochs."""
+    more = {"accumulate": accumulate, "rank": rank, "ranks": ranks}
+    whole = content(list(run_loader(epochs=2, **more)))
+    for taken in range(len(whole) + 1):
+        loader = run_loader(epochs=2, **more)
+        loader.load_state_dict({"taken": taken, "total": len(whole)})
+        assert content(list(loader)) == whole[taken:]
+        assert loader.state_dict() == {"taken": len(whole), "total": len(whole)}
+
+
+def test_the_state_of_another_share_is_refused() -> None:
+    with pytest.raises(InputError, match="18 batches in its checkpoint and 9 now"):
+        run_loader(ranks=2).load_state_dict(run_loader().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_workers_give_a_share_the_same_batches() -> None:
+    more = {"accumulate": 2, "rank": 1, "ranks": 2}
+    assert content(list(run_loader(num_workers=2, **more))) == content(list(run_loader(**more)))
+    split = split_of(lengths_of(23).tolist())
+    shares = [list(eval_loader(split, Collator(CONFIG), 4, 1, 2, num_workers=workers)) for workers in (0, 2)]
+    assert content(shares[0]) == content(shares[1])
+
+
+def test_the_loaders_can_be_sent_to_another_process() -> None:
+    """Where processes are spawned, not forked."""
+    loader = run_loader(accumulate=2, rank=1, ranks=2)
+    whole = content(list(run_loader(accumulate=2, rank=1, ranks=2)))
+    sent = pickle.loads(pickle.dumps((loader.dataset, loader.sampler, loader.collate_fn)))
+    dataset, sampler, collate_fn = sent
+    assert content([collate_fn(dataset[batch]) for batch in sampler]) == whole
+    evaluation = eval_loader(split_of([5, 4, 9]), Collator(CONFIG), 2)
+    dataset, batches, collate_fn = pickle.loads(
+        pickle.dumps((evaluation.dataset, evaluation.batch_sampler, evaluation.collate_fn))
+    )
+    assert content([collate_fn([dataset[i] for i in batch]) for batch in batches]) == content(list(evaluation))
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 6))
+@settings(max_examples=60)
+def test_eval_loaders_of_all_ranks_cover_everything(n: int, batch_size: int, ranks: int) -> None:
+    """Each batch is one that a single process would have made, so the numbers are the same to the last bit."""
+    split = split_of(lengths_of(n).tolist())
+    collator = Collator(CONFIG)
+    alone = content(list(eval_loader(split, collator, batch_size)))
+    shares = [content(list(eval_loader(split, collator, batch_size, rank, ranks))) for rank in range(ranks)]
+    assert [len(share) for share in shares] == [-(-len(alone) // ranks)] * ranks
+    assert {str(batch) for share in shares for batch in share} == {str(batch) for batch in alone}
+    count = Counter(str(batch) for share in shares for batch in share)
+    assert sum(count.values()) - len(alone) < ranks  # no rank takes more than one batch in vain

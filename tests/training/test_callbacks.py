@@ -34,25 +34,34 @@ def test_validation_steps_by_example() -> None:
     assert validation_steps(1, 10) == {1}
 
 
+IDS = [f"id{i}" for i in range(40)]
+
+
 class Run:
     """A trainer of `total` steps that calls the callbacks as Lightning does."""
 
-    def __init__(self, history: History, total: int, *more: Progress) -> None:
+    def __init__(
+        self, history: History, total: int, *more: Progress, accumulate: int = 1, start: int = 0, device: str = "cpu"
+    ) -> None:
         optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
         self.trainer = SimpleNamespace(
-            optimizers=[optimizer], num_training_batches=total, global_step=0, state=SimpleNamespace(fn="fit")
-        )
-        self.module = SimpleNamespace(scores={})
+            optimizers=[optimizer], num_training_batches=total * accumulate, global_step=start,
+            accumulate_grad_batches=accumulate, precision_plugin=None, state=SimpleNamespace(fn="fit"),
+        )  # fmt: skip
+        self.module = SimpleNamespace(scores={}, device=torch.device(device))
         self.callbacks = [history, *more]
+        self.batch_idx = start * accumulate
 
-    def step(self, loss: float, size: int = 4) -> None:
-        batch = {"index": torch.arange(size)}
+    def step(self, loss: float, size: int = 4, weight: float = 1.0) -> None:
+        """One batch; with `accumulate`, several make a step."""
+        batch = {"index": torch.arange(size), "weight": weight}
         for callback in self.callbacks:
-            callback.on_train_batch_start(self.trainer, self.module, batch, self.trainer.global_step)
-        self.trainer.global_step += 1
+            callback.on_train_batch_start(self.trainer, self.module, batch, self.batch_idx)
+        self.batch_idx += 1
+        self.trainer.global_step = self.batch_idx // self.trainer.accumulate_grad_batches
         outputs = {"loss": torch.tensor(loss)}
         for callback in self.callbacks:
-            callback.on_train_batch_end(self.trainer, self.module, outputs, batch, self.trainer.global_step - 1)
+            callback.on_train_batch_end(self.trainer, self.module, outputs, batch, self.batch_idx - 1)
 
     def validate(self, **scores: float) -> None:
         self.module.scores = {"valid": scores}
@@ -61,7 +70,7 @@ class Run:
 
 
 def history_of(path: Path, log_every: int = 2) -> History:
-    return History(path, per_epoch=4, log_every=log_every, main="valid/accuracy")
+    return History(path, per_epoch=4, log_every=log_every, main="valid/accuracy", ids=IDS)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -130,8 +139,7 @@ def test_saved_and_loaded_goes_on_with_bit_equal_rows(tmp_path: Path, validate_a
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second = history_of(tmp_path / "cut.csv", log_every=total)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    run = Run(second, total)
-    run.trainer.global_step = validate_after
+    run = Run(second, total, start=validate_after)
     for loss in losses[validate_after:]:
         run.step(loss)
     speedless = [
@@ -146,9 +154,59 @@ def test_saved_and_loaded_goes_on_with_bit_equal_rows(tmp_path: Path, validate_a
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float) -> None:
     run = Run(history_of(tmp_path / "metrics.csv"), total=9)
-    run.step(loss)
-    with pytest.raises(InputError, match=r"not finite at step 2.*--lr.*--warmup_prop"):
+    run.step(1.0)
+    with pytest.raises(
+        InputError, match=rf"loss is {loss} at step 2 \(epoch 0\.50\).* ids id0, id1, id2\. .*--lr.*--warmup_prop"
+    ):
+        run.step(loss, size=3)
+
+
+def test_of_many_examples_the_first_ids_are_told(tmp_path: Path) -> None:
+    run = Run(history_of(tmp_path / "metrics.csv"), total=9)
+    with pytest.raises(InputError, match=r" id30, id31, \.\.\.\. ") as caught:
+        run.step(math.nan, size=40)
+    assert "id32" not in str(caught.value)
+
+
+def test_a_gpu_is_asked_for_its_losses_at_log_rows_and_before_saving(tmp_path: Path) -> None:
+    """Asking at every step would make it wait. The step that is named is the first bad one all the same."""
+    run = Run(history_of(tmp_path / "metrics.csv", log_every=4), total=9, device="cuda")
+    run.step(1.0)
+    run.step(math.nan, size=2)
+    run.step(math.nan, size=3)
+    with pytest.raises(InputError, match=r"at step 2 .* ids id0, id1\. "):
         run.step(1.0)
+    run = Run(history_of(tmp_path / "metrics.csv", log_every=4), total=9, device="cuda")
+    run.step(math.nan)
+    with pytest.raises(InputError, match="at step 1 "):
+        run.callbacks[0].state_dict()
+
+
+def test_a_bad_loss_in_the_middle_of_a_window_is_of_that_step(tmp_path: Path) -> None:
+    run = Run(history_of(tmp_path / "metrics.csv", log_every=1), total=9, accumulate=3)
+    for loss in (1.0, 1.0, 1.0, 1.0, math.inf):
+        run.step(loss)
+    with pytest.raises(InputError, match="loss is inf at step 2 "):
+        run.step(1.0)
+    assert [row["step"] for row in read(tmp_path / "metrics.csv")] == ["1"]
+
+
+def test_rows_of_a_run_that_accumulates(tmp_path: Path) -> None:
+    """Lightning has divided each loss by the number of batches: their sum is the step's. A batch of weight 0 only
+    keeps step with other processes; its example is not counted.
+    """
+    history = history_of(tmp_path / "metrics.csv", log_every=2)
+    run = Run(history, total=4, accumulate=2)
+    for loss in (0.5, 1.5, 1.0, 3.0, 2.0, 2.0):
+        run.step(loss)
+    run.step(8.0)
+    run.step(0.0, size=1, weight=0.0)
+    rows = read(tmp_path / "metrics.csv")
+    assert [(row["step"], row["epoch"], row["train/loss"]) for row in rows] == [
+        ("2", "0.5", "3.0"),
+        ("4", "1.0", "6.0"),
+    ]
+    assert history.examples == 28
 
 
 def test_speed_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from funneltfm.data.batching import Collator
 from funneltfm.data.encoding import EncodingConfig, encode_examples
 from funneltfm.data.readers import custom_dataset, get_dataset, read_split
 from funneltfm.data.tokenization import get_tokenizer
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, Stopped
 from funneltfm.funnel.checkpoints import load_checkpoint
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.training import classify as engine
+from funneltfm.training.checkpoint_io import is_whole
 from funneltfm.training.classify import classify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,7 +268,8 @@ def test_files_of_a_run(run: Run) -> None:
     kind = "scatter" if run.labels is None else "confusion_matrix"
     assert files == {
         "config.yaml", "metrics.csv", "results.json", "log.txt", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
-        "best/model.pt", "best/net_config.json", "best/labels.json", "best/text_config.json", "best/vocab.txt",
+        "checkpoints/previous.ckpt", "best/model.pt", "best/net_config.json", "best/labels.json",
+        "best/text_config.json", "best/vocab.txt",
         "plots/learning_curves.png",
         *(f"plots/{kind}_{split}.png" for split in run.layout.labelled),
         *(f"predictions/{split}.jsonl" for split in run.layout.sizes),
@@ -285,8 +288,9 @@ def test_results(run: Run) -> None:
     assert not {split for split in ("test", "test_mm") if split in results} - set(run.layout.labelled)
     assert set(results) - set(run.layout.sizes) == {
         "task", "best_step", "steps", "epochs", "train_seconds", "examples_per_second", "baselines", "parameters",
-        "seed", "device", "precision", "versions",
+        "seed", "device", "processes", "precision", "versions",
     }  # fmt: skip
+    assert (results["device"], results["processes"], results["precision"]) == ("cpu", 1, "fp32")
     assert set(results["baselines"]) == {"majority", "bag_of_words"}
     assert results["examples_per_second"] > 0
     assert results["parameters"] == sum(tensor.numel() for tensor in weights(run.root).values())
@@ -556,6 +560,290 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted: tuple[Path, dict
     assert_same_run(root, whole)
 
 
+def state_of(root: Path) -> dict[str, Any]:
+    """All of last.ckpt that decides how a run goes on."""
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "AmpPrecision", "rng", "global_step")
+    return {key: checkpoint[key] for key in keys if key in checkpoint}
+
+
+def same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return one == other
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "accumulation": {"accumulate_grad_batches": 2, "train_bsz": 2},
+    "fp16 O1": {"fp16": True, "amp_opt": "O1"},
+    "fp16 O2": {"fp16": True},
+    "fp16 O2, accumulation": {"fp16": True, "accumulate_grad_batches": 3, "train_bsz": 2},
+    "fp16 O3": {"fp16": True, "amp_opt": "O3"},
+    "bf16 O2": {"bf16": True},
+    "recomputing": {"gradient_checkpointing": True},
+}
+_WHOLE: dict[str, Path] = {}
+
+
+@pytest.fixture
+def mode(
+    request: pytest.FixtureRequest, uninterrupted: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """An uninterrupted run in one of MODES, made once, and its flags."""
+    flags = uninterrupted[1] | MODES[request.param]
+    if request.param not in _WHOLE:
+        _WHOLE[request.param] = tmp_path_factory.mktemp("mode") / "run"
+        classify(**flags, model_dir=str(_WHOLE[request.param]))
+    return _WHOLE[request.param], flags
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch"),
+    [
+        ("accumulation", 15),  # in the middle of a window
+        ("accumulation", 16),
+        ("fp16 O1", 8),
+        ("fp16 O2", 8),
+        ("fp16 O2, accumulation", 25),
+        ("fp16 O3", 8),
+        ("bf16 O2", 8),
+        ("recomputing", 8),
+    ],
+    indirect=["mode"],
+)
+def test_every_way_to_train_resumes_bit_for_bit(
+    mode: tuple[Path, dict], batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = mode
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_at(patch, batch)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(root), save_steps=3)
+    torch.rand(5)
+    classify(model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+    assert same_state(state_of(root), state_of(whole))
+
+
+@pytest.mark.parametrize("mode", ["fp16 O2", "bf16 O2"], indirect=True)
+def test_what_is_exported_of_o2_are_the_masters(mode: tuple[Path, dict], uninterrupted: tuple[Path, dict]) -> None:
+    root, flags = mode
+    half = torch.float16 if "fp16" in flags else torch.bfloat16
+    exported = weights(root)
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    best = torch.load(root / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert equal(exported, {name.removeprefix("model."): tensor for name, tensor in best.items()})
+    finer = [name for name, tensor in exported.items() if not torch.equal(tensor.to(half).float(), tensor)]
+    assert len(finer) > 0.7 * len(exported)
+    assert not equal(exported, weights(uninterrupted[0]))
+    results = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    assert results["precision"] == ("fp16 O2" if "fp16" in flags else "bf16 O2")
+    # The scores are those of the weights that were validated: the masters in half.
+    scored = {int(row["step"]): row for row in rows_of(root) if row["valid/pearson"]}
+    assert results["valid"]["pearson"] == float(scored[results["best_step"]]["valid/pearson"])
+
+
+@pytest.mark.parametrize("mode", ["fp16 O1", "fp16 O2"], indirect=True)
+def test_the_table_tells_the_scale(mode: tuple[Path, dict]) -> None:
+    rows = [row for row in rows_of(mode[0]) if row["train/loss"]]
+    assert len(rows) == 3
+    for row in rows:  # every skipped step has halved it
+        assert float(row["loss_scale"]) == 2.0 ** (16 - int(row["skipped_steps"]))
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_o0_is_a_run_in_fp32(kind: str, uninterrupted: tuple[Path, dict], tmp_path: Path) -> None:
+    whole, flags = uninterrupted
+    results = classify(**flags, model_dir=str(tmp_path / "run"), **{kind: True}, amp_opt="O0")
+    assert_same_run(tmp_path / "run", whole)
+    assert same_state(state_of(tmp_path / "run"), state_of(whole))
+    assert results["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("mode", ["recomputing"], indirect=True)
+def test_gradient_checkpointing_changes_no_number(mode: tuple[Path, dict], uninterrupted: tuple[Path, dict]) -> None:
+    assert_same_run(mode[0], uninterrupted[0])
+
+
+@pytest.mark.parametrize("more", [{}, {"fp16": True}, {"fp16": True, "amp_opt": "O3"}], ids=str)
+def test_a_window_learns_from_all_its_batches(
+    more: dict, uninterrupted: tuple[Path, dict], cola: Path, flags: Callable, tmp_path: Path
+) -> None:
+    """Two batches of 2 are one step of 4: the same losses but for the last digits, where nothing is random."""
+    still = {"dropout": 0.0, "dropatt": 0.0, "epochs": 2, "n_valid": 2, "n_log_epoch": 50, "lr": 1e-3} | more
+    for name, size, accumulate in (("one", 4, 1), ("two", 2, 2)):
+        shape = {"train_bsz": size, "accumulate_grad_batches": accumulate}
+        classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / name), **still, **shape))
+    one, two = (
+        [float(row["train/loss"]) for row in rows_of(tmp_path / name) if row["train/loss"]] for name in ("one", "two")
+    )
+    assert len(one) == 12
+    assert two == pytest.approx(one, abs=2e-3 if more else 1e-6)
+    limit = 2e-3 if more else 1e-5  # Adam divides by gradients that are nearly 0
+    for name, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], atol=limit, rtol=0)
+
+
+# ---- saving, and signals
+
+
+def test_save_steps_saves_between_validations(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Validations come at 4, 7, ...; a save comes at 6 too, and the one before is kept."""
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_at(patch, 7)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(root), save_steps=3)
+    folder = root / "checkpoints"
+    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in folder.iterdir()}
+    assert steps == {"last.ckpt": 6, "previous.ckpt": 4, "best.ckpt": 4}
+    classify(model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+    assert same_state(state_of(root), state_of(whole))
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, batch: int, *signums: int) -> None:
+    """Signals come during this batch (1-based)."""
+    original = engine.Pipeline.training_step
+
+    def struck(self, of_batch, batch_idx):
+        loss = original(self, of_batch, batch_idx)
+        if batch_idx + 1 == batch:
+            for signum in signums:
+                os.kill(os.getpid(), signum)
+        return loss
+
+    monkeypatch.setattr(engine.Pipeline, "training_step", struck)
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch", "saved"),
+    [
+        ("fp16 O2, accumulation", 14, 5),  # in the middle of a window: at its end
+        ("accumulation", 1, 1),
+        ("recomputing", 7, 7),  # a step with a validation: after it
+        ("recomputing", 18, 18),  # the last of all
+        ("fp16 O1", 9, 9),
+    ],
+    indirect=["mode"],
+)
+@pytest.mark.parametrize("signum", [signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+    mode: tuple[Path, dict], batch: int, saved: int, signum: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = mode
+    root = tmp_path / "run"
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with monkeypatch.context() as patch:
+        signal_at(patch, batch, signum)
+        with pytest.raises(
+            Stopped, match=f"Saved after step {saved}; go on with --resume --model_dir={root}"
+        ) as caught:
+            classify(**flags, model_dir=str(root))
+    assert caught.value.signum == signum
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
+    assert is_whole(root / "checkpoints" / "last.ckpt")
+    classify(model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+    assert same_state(state_of(root), state_of(whole))
+
+
+def test_a_second_ctrl_c_leaves_at_once(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    _, flags = uninterrupted
+    root = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    for batch, hint in ((2, "Nothing was saved yet"), (6, f"Go on with --resume --model_dir={root}")):
+        with monkeypatch.context() as patch:
+            signal_at(patch, batch, signal.SIGINT, signal.SIGINT)
+            assert main(["classify", *words, f"--model_dir={root}", "--overwrite"]) == 130
+        said = capfd.readouterr().err
+        assert said.count("stopping after this step") == 1
+        assert said.splitlines()[-1] == f"funneltfm classify: stopped. {hint}."
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4  # not 6: at once
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(cola: Path, flags: Callable, tmp_path: Path) -> None:
+    """Python allows handlers in the main thread alone."""
+    settings = flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), n_valid=1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(classify, **settings).result()["steps"] == 6
+
+
+STRUCK = """
+import os, sys
+from funneltfm.cli.main import main
+from funneltfm.training.pipeline import Pipeline
+
+original = Pipeline.training_step
+
+def struck(self, batch, batch_idx):
+    if batch_idx + 1 == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return original(self, batch, batch_idx)
+
+Pipeline.training_step = struck
+sys.exit(main(["classify", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_program_with_its_code(signum: int, uninterrupted: tuple[Path, dict], tmp_path: Path) -> None:
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    words = [f"--{name}={value}" for name, value in flags.items()] + [f"--model_dir={root}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRUCK, "9", str(int(signum)), *words], env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 128 + signum, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == f"funneltfm classify: stopped. Saved after step 9; go on with --resume --model_dir={root}"
+    classify(model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+
+
+def test_a_loss_that_is_no_number_leaves_the_checkpoint_before(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    original, ids = engine.Pipeline.training_step, []
+
+    def poisoned(self, batch, batch_idx):
+        loss = original(self, batch, batch_idx)
+        if batch_idx + 1 == 9:
+            ids.extend(batch["index"].tolist())
+            return loss * float("nan")
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Pipeline, "training_step", poisoned)
+        with pytest.raises(InputError, match=r"loss is nan at step 9 \(epoch 1\.50\).*--lr") as caught:
+            classify(**flags, model_dir=str(root), save_steps=1)
+    examples = read_split(custom_dataset(flags["data_dir"], "text_a", None, "label", True), flags["data_dir"], "train")
+    assert f"the ids {', '.join(str(examples[i].id) for i in ids)}. " in str(caught.value)
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+    classify(model_dir=str(root), resume=True)  # had it been a passing fault
+    assert_same_run(root, whole)
+
+
 def test_resuming_a_finished_run_does_no_harm(uninterrupted: tuple[Path, dict]) -> None:
     whole, _ = uninterrupted
     before = weights(whole), last_weights(whole), rows_of(whole, speed=True)
@@ -577,23 +865,44 @@ def test_resuming_with_other_settings_is_refused(uninterrupted: tuple[Path, dict
 
 
 def test_nothing_to_resume(cola: Path, flags: Callable, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing to resume.*last\.ckpt") as caught:
+    with pytest.raises(InputError, match=r"nothing to resume.*checkpoints") as caught:
         classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "none")), resume=True)
     assert str(tmp_path / "none") in str(caught.value)
     assert not (tmp_path / "none").exists()  # a mistyped name leaves no trace
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 half a zip"])
-def test_a_damaged_last_checkpoint_is_named(
-    content: bytes, uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_of_a_damaged_last_checkpoint_the_one_before_is_used(
+    content: bytes,
+    uninterrupted: tuple[Path, dict],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_at(patch, 8)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(root))
+    (root / "checkpoints" / "last.ckpt").write_bytes(content)
+    classify(**flags, model_dir=str(root), resume=True)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [f"the checkpoint {root / 'checkpoints' / 'last.ckpt'} is damaged; trying previous.ckpt"]
+    assert_same_run(root, whole)
+
+
+def test_where_no_checkpoint_is_whole_it_is_said(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, flags = uninterrupted
     root = tmp_path / "run"
     cut_at(monkeypatch, 8)
     with pytest.raises(PowerCut):
         classify(**flags, model_dir=str(root))
-    (root / "checkpoints" / "last.ckpt").write_bytes(content)
-    with pytest.raises(InputError, match=r"last\.ckpt"):
+    for name in ("last.ckpt", "previous.ckpt"):
+        (root / "checkpoints" / name).write_bytes((root / "checkpoints" / name).read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"damaged \(.*last\.ckpt, .*previous\.ckpt\).*--overwrite"):
         classify(**flags, model_dir=str(root), resume=True)
 
 
@@ -807,7 +1116,7 @@ def test_it_learns(flags: Callable, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_an_error(cola: Path, flags: Callable, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"not finite.*lower --lr"):
+    with pytest.raises(InputError, match=r"loss is nan at step 2 .* ids \d+, \d+, \d+, \d+\. .*lower --lr"):
         classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), lr=1e38, clip=0.0, epochs=3))
 
 

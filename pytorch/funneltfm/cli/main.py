@@ -12,6 +12,7 @@ VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
+    "batch-size": "find the largest training batch that fits, for models and lengths",
 }
 
 

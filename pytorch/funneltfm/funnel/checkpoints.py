@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funneltfm.errors import InputError
-from funneltfm.files import atomic_path, existing_file
+from funneltfm.files import atomic_path, existing_file, torch_save
 
 _LAYER = re.compile(r"(?:attn|pffn)_layers\.(\d+)\.")
 _HEAD = re.compile(r"cls_head\.")
@@ -118,4 +118,4 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's tensors as a `model.pt` under the original's names: complete or not at all."""
     state: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        torch_save(state, temporary)

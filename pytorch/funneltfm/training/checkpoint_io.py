@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from funneltfm.errors import InputError
-from funneltfm.files import atomic_path
+from funneltfm.files import atomic_path, torch_save
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +76,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     ) -> None:
         try:
             with atomic_path(path) as temporary:
-                # Through a file of Python's, whose errors name their reason (a full disk, say); torch's own do not.
-                with open(temporary, "wb") as handle:
-                    torch.save(checkpoint, handle)
+                torch_save(checkpoint, temporary)
                 seal(temporary)
         except OSError as error:
             raise InputError(

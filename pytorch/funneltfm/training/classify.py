@@ -28,7 +28,7 @@ from funneltfm.training import plots, ranks
 from funneltfm.training.callbacks import History, Leave, Progress, SaveRun, ValidateAt, validation_steps
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, make_args
-from funneltfm.training.launch import start, start_on_ray
+from funneltfm.training.launch import start_here, start_on_ray
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
 from funneltfm.training.rundir import RunDir, find_run
@@ -74,7 +74,9 @@ def run(args: Args) -> dict[str, Any]:
 
 def _launch(args: Args) -> dict[str, Any]:
     run_dir = find_run(args.model_dir, task_name(args), goes_on(args), args.overwrite)
-    (start_on_ray if args.launcher == "ray" else start)(args, run_dir.root)
+    for name, value in with_absolute_paths(args.flags()).items():
+        setattr(args, name, value)  # the processes may start in another folder
+    (start_on_ray if args.launcher == "ray" else start_here)(args, run_dir.root.absolute())
     return json.loads(run_dir.results.read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Start the processes of a run on this machine, with torch's own launcher (the engine of torchrun)."""
+"""Start the processes of a run: on this machine with torch's own launcher (the engine of torchrun), or on Ray."""
 
 import logging
 import os
@@ -6,15 +6,27 @@ import signal
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 from funneltfm.errors import InputError, Stopped
-from funneltfm.training.config import Args
+from funneltfm.training.config import Args, make_args
 
-log = logging.getLogger(__name__)
+# Where this package is, for processes that may not have it installed.
+_ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def start(args: Args, model_dir: Path) -> None:
-    """Run `funneltfm classify` with these flags in several processes and wait for them.
+def _flags(args: Args, model_dir: Path) -> dict[str, Any]:
+    """What the processes are told: what was set on purpose, the run's folder, and how many they are."""
+    given = {name: getattr(args, name) for name in args.given}
+    return given | {"model_dir": str(model_dir), "distributed_world_size": args.distributed_world_size}
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+
+
+def start_here(args: Args, model_dir: Path) -> None:
+    """Run `funneltfm classify` with these flags in several processes of this machine and wait for them.
 
     A process that fails ends the others within seconds. Raises InputError where one failed; Stopped after a signal.
     """
@@ -23,16 +35,9 @@ def start(args: Args, model_dir: Path) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     n = args.distributed_world_size
-    flags = {name: getattr(args, name) for name in args.given} | {
-        "model_dir": str(model_dir),
-        "distributed_world_size": n,
-    }
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    words = [f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below, in one line
-    root = str(
-        Path(__file__).resolve().parents[2]
-    )  # where this package is, for a process that may not have it installed
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    env = {"PYTHONPATH": _python_path()}
     if "OMP_NUM_THREADS" not in os.environ:  # as many threads in all as one process would have
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n))
     port = args.distributed_port if "distributed_port" in args.given else 0
@@ -53,18 +58,54 @@ def start(args: Args, model_dir: Path) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
+        if (signum := abs(code) - 128 * (code > 0)) in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            raise Stopped(signum) from None  # the main process has told what was saved
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        stopped = {128 + int(s): s for s in (signal.SIGINT, signal.SIGTERM)}
-        if code in stopped:
-            raise Stopped(stopped[code]) from None
         raise InputError(f"process {rank} of {n} ended with {how}; the others were stopped.") from None
     except SignalException as error:
-        raise Stopped(error.sigval, f"Go on with --resume --model_dir={model_dir}") from None
+        raise Stopped(error.sigval) from None
     finally:
         for name, value in had.items():
             if value is None:
                 os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def start_on_ray(args: Args, model_dir: Path) -> None:
-    raise NotImplementedError
+    """Run in several processes of a Ray cluster, through Ray Train: the one that RAY_ADDRESS names, or one that is
+    made on this machine. All its machines must see the data and the run's folder under the same paths.
+    """
+    try:
+        import ray
+        from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError as error:
+        raise InputError(f"--launcher=ray needs Ray ({error}): pip install 'funneltfm[ray]'.") from error
+
+    if not ray.is_initialized():
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, log_to_driver=True)
+    use_gpu = args.device_id >= 0 and ray.cluster_resources().get("GPU", 0) > 0
+    trainer = TorchTrainer(
+        _on_ray,
+        train_loop_config=_flags(args, model_dir),
+        scaling_config=ScalingConfig(num_workers=args.distributed_world_size, use_gpu=use_gpu),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(name="ray", storage_path=str(model_dir)),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise InputError(f"the run on Ray failed: {error}") from error
+
+
+def _on_ray(flags: dict[str, Any]) -> None:
+    """What each process on Ray does."""
+    from funneltfm.training.classify import run  # which imports this module
+
+    logger = logging.getLogger("funneltfm")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # Ray has a handler at the root, which would say everything twice
+    run(make_args(**flags))

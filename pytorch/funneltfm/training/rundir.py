@@ -10,7 +10,7 @@ from funneltfm.errors import InputError
 
 # What a run writes; `overwrite` removes these and nothing else.
 _FILES = ("config.yaml", "metrics.csv", "results.json", "log.txt")
-_FOLDERS = ("checkpoints", "best", "predictions", "plots")
+_FOLDERS = ("checkpoints", "best", "predictions", "plots", "ray")
 
 
 @dataclass(frozen=True)

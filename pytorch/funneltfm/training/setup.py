@@ -264,6 +264,8 @@ def take_place(args: Args) -> ranks.Place | None:
             raise InputError(f"--distributed_world_size={wanted}, but the launcher has started {place.size} processes.")
         args.distributed_world_size = place.size
         args.given |= {"distributed_world_size"}
+    elif args.launcher == "ray" and wanted == 1:
+        raise InputError("--launcher=ray is for several processes: say how many with --distributed_world_size.")
     elif wanted == 0:
         gpus = torch.cuda.device_count() if args.device_id >= 0 else 0
         args.distributed_world_size = gpus or 2
@@ -335,9 +337,14 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
     plugins = kwargs.pop("plugins", [])
     precision = devices.plugin()
     if ranks.size() > 1:
-        kwargs |= {"devices": ranks.local_size(), "num_nodes": ranks.size() // ranks.local_size()}
         kwargs["strategy"] = _strategy(args, devices)
-        plugins = [*plugins, TorchElasticEnvironment()]  # ranks.joined has put everything into the environment
+        if args.launcher == "ray":  # which has started this process and gives it its device
+            from ray.train.lightning import RayLightningEnvironment
+
+            plugins, kwargs["devices"] = [*plugins, RayLightningEnvironment()], "auto"
+        else:
+            kwargs |= {"devices": ranks.local_size(), "num_nodes": ranks.size() // ranks.local_size()}
+            plugins = [*plugins, TorchElasticEnvironment()]  # ranks.joined has put everything into the environment
         if args.strategy != "ddp" and precision is not None:
             if devices.level != "O1":
                 raise InputError(f"--strategy={args.strategy} takes --amp_opt=O1; {devices.level} is for ddp.")
@@ -373,4 +380,8 @@ def _strategy(args: Args, devices: Devices) -> Any:
                 return apex_ddp(model)
 
         return ApexStrategy()
+    if args.launcher == "ray":
+        from ray.train.lightning import RayDDPStrategy
+
+        return RayDDPStrategy()
     return DDPStrategy()
