@@ -1,16 +1,18 @@
 """Files are written whole or not at all."""
 
 import doctest
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from funneltfm import files
 from funneltfm.errors import InputError
-from funneltfm.files import atomic_path, existing_file, file_digest, write_json, write_text
+from funneltfm.files import atomic_path, existing_file, file_digest, torch_save, write_json, write_text
 
 
 def names(folder):
@@ -70,6 +72,41 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file.txt"):
         pass
     assert names(tmp_path) == []
+
+
+def test_an_error_says_of_which_file(tmp_path, monkeypatch):
+    """That of a full disk does not, by itself."""
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*file\.txt'$") as caught:
+        write_text(tmp_path / "file.txt", "text")
+    assert caught.value.filename == str(tmp_path / "file.txt")
+    assert names(tmp_path) == []
+
+    def other():
+        with atomic_path(tmp_path / "file.txt"):
+            (tmp_path / "none").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        other()
+    assert Path(caught.value.filename) == tmp_path / "none"  # not ours
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_torch_save_names_the_reason():
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        torch_save({"weights": torch.zeros(100_000)}, "/dev/full")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_torch_save_is_that_of_torch(tmp_path):
+    torch_save({"a": torch.arange(3)}, tmp_path / "file.pt")
+    assert torch.load(tmp_path / "file.pt", weights_only=True)["a"].tolist() == [0, 1, 2]
+    with pytest.raises((AttributeError, TypeError, RuntimeError), match=r"pickle|local"):
+        torch_save(lambda: None, tmp_path / "file.pt")
 
 
 def test_two_files_of_one_stem_do_not_meet(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("data-scripts/*.sh"), ROOT / ".ci/run"])
@@ -49,6 +50,19 @@ def test_classifier_sh_learns_the_sample_from_any_folder(tmp_path: Path) -> None
         "plots/learning_curves.png",
         "plots/confusion_matrix_valid.png",
     }
+
+
+@pytest.mark.slow
+@NEEDS_VENV
+def test_multigpu_classifier_sh_takes_all_devices(tmp_path: Path) -> None:
+    sample = [ROOT / "data-scripts/make_sample.py", tmp_path / "sample", "--train=200"]
+    subprocess.run([ROOT / ".venv/bin/python", *sample], check=True)
+    script = ROOT / "scripts/multigpu_classifier.sh"
+    done = bash(script, "--epochs=1", "--n_valid=1", cwd=tmp_path, data_dir=str(tmp_path / "sample"))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "exp/sample/run_1/results.json").read_text())
+    assert results["processes"] == (torch.cuda.device_count() or 2)
+    assert results["steps"] == -(-200 // (16 * results["processes"]))  # 16 examples in each process
 
 
 @NEEDS_VENV

@@ -334,7 +334,7 @@ sys.exit(main(["classify", *sys.argv[1:]]))
 @pytest.mark.slow
 def test_a_run_that_cannot_save_ends_with_one_line_and_goes_on_later(tmp_path: Path) -> None:
     for split in ("train", "valid"):
-        rows = [f'{{"text_a": "a {"bad good".split()[i % 2]} dog", "label": "{i % 2}"}}\n' for i in range(24)]
+        rows = [f'{{"text_a": "a {("bad", "good")[i % 2]} dog", "label": "{i % 2}"}}\n' for i in range(24)]
         (tmp_path / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
     words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bad", "good", "dog")
     (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")

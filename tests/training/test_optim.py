@@ -1,4 +1,9 @@
-"""The schedule's shape, and which parameters decay."""
+"""The schedule's shape, which parameters decay, and what is taken from apex where there is one."""
+
+import logging
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from torch import nn
 
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
-from funneltfm.training.optim import decay_groups, make_adamw, make_schedule, warmup_linear
+from funneltfm.training.optim import decay_groups, from_apex, make_adamw, make_schedule, warmup_linear
 
 TINY = {"vocab_size": 20, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16, "block_size": "1_1"}
 
@@ -118,3 +123,72 @@ def test_everything_trains_and_only_matrices_decay() -> None:
         expected = 1.0 if name in free else 1 - 0.1 * 0.5
         torch.testing.assert_close(ratio, torch.full_like(ratio, expected), msg=name)
     assert all((ratio != 1).all() for ratio in moved(1.0).values())
+
+
+# ---- apex
+
+
+class FusedAdam:
+    """What is called like apex's, and remembers what it was given."""
+
+    def __init__(self, groups: list[dict], **settings: Any) -> None:
+        self.groups, self.settings = groups, settings
+
+
+class DistributedDataParallel:
+    pass
+
+
+@pytest.fixture
+def apex(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An apex with the optimizer, and with a `parallel` that has lost its DistributedDataParallel, as today's has."""
+    package, optimizers, parallel = (ModuleType(name) for name in ("apex", "apex.optimizers", "apex.parallel"))
+    optimizers.FusedAdam = FusedAdam  # type: ignore[attr-defined]
+    package.__path__ = []
+    for module in (package, optimizers, parallel):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return parallel
+
+
+@pytest.fixture
+def no_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "apex", None)  # as if not installed
+
+
+def test_what_an_apex_offers_is_used(apex: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "funneltfm"):
+        optimizer: Any = make_adamw(nn.Linear(2, 2), 1e-3, 0.01, apex=True)
+        apex.DistributedDataParallel = DistributedDataParallel  # type: ignore[attr-defined]
+        assert from_apex("parallel.DistributedDataParallel", "torch's own DDP") is DistributedDataParallel
+    assert caplog.messages == []
+    assert isinstance(optimizer, FusedAdam)
+    assert optimizer.settings == {"adam_w_mode": True, "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6}
+    assert [group["weight_decay"] for group in optimizer.groups] == [0.01, 0.0]
+
+
+@pytest.mark.usefixtures("apex")
+def test_what_an_apex_has_removed_is_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "funneltfm"):
+        assert from_apex("parallel.DistributedDataParallel", "torch's own DDP") is None
+    assert caplog.messages == [
+        "apex.parallel.DistributedDataParallel is not installed, or not in the apex that is; torch's own DDP runs "
+        "instead."
+    ]
+
+
+@pytest.mark.usefixtures("no_apex")
+def test_without_apex_torch_runs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "funneltfm"):
+        optimizer = make_adamw(nn.Linear(2, 2), 1e-3, 0.01, apex=True)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert caplog.messages == [
+        "apex.optimizers.FusedAdam is not installed, or not in the apex that is; torch.optim.AdamW(fused=True) runs "
+        "instead."
+    ]
+
+
+@pytest.mark.usefixtures("apex")
+def test_apex_is_not_used_unasked() -> None:
+    assert isinstance(make_adamw(nn.Linear(2, 2), 1e-3, 0.01), torch.optim.AdamW)

@@ -50,7 +50,7 @@ def largest(trial: Callable[[int], int | None], limit: int, max_batch: int) -> d
     """
     trials: dict[int, int | None] = {}
     fits, too_large = 0, max_batch + 1
-    predictions = 0  # in a row; after three of them the interval is halved (or the size doubled) whatever they say
+    predictions = 0  # in a row; after three of them the next size is chosen whatever they say
     while too_large - fits > 1:
         guess = _where_it_is_full({b: peak for b, peak in trials.items() if peak is not None}, limit)
         if guess is not None and predictions < 3:
@@ -58,7 +58,8 @@ def largest(trial: Callable[[int], int | None], limit: int, max_batch: int) -> d
             if guess >= too_large:  # the line was too low: a part of the way back
                 guess = too_large - (too_large - fits) // 4
         else:
-            guess = (fits + too_large) // 2 if too_large <= max_batch else 2 * fits
+            upwards = 2 * fits if guess is None else fits + fits // 4
+            guess = (fits + too_large) // 2 if too_large <= max_batch else upwards
             predictions = 0
         batch = min(max(guess, fits + 1), too_large - 1)
         trials[batch] = trial(batch)

@@ -88,7 +88,8 @@ def _run(args: Args) -> dict[str, Any]:
     resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable)) if args.resume else None
     lightning.seed_everything(args.seed, verbose=False)
     model = ranks.main_first(lambda: make_model(args, data, run_dir))
-    torch.manual_seed(args.seed + ranks.rank())  # every process has its own dropout, and the main one's is as ever
+    if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
+        torch.manual_seed(args.seed + ranks.rank())
     model.gradient_checkpointing = args.gradient_checkpointing
     warn_of_diverging(args, model.net_config)
     if ranks.is_main() and not goes_on(args) and args.overwrite:

@@ -1,5 +1,6 @@
 """The one training engine's view of a run: a LightningModule that holds a model and a task."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from funneltfm.tasks.classification import Classification
 from funneltfm.training import ranks
 from funneltfm.training.optim import make_adamw, make_schedule
 from funneltfm.training.precision import AmpPrecision
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline(lightning.LightningModule):
@@ -79,6 +82,8 @@ class Pipeline(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         args = self.args
         apex = args.ddp_backend == "apex" and self.device.type == "cuda"
+        if args.ddp_backend == "apex" and not apex:
+            log.info("apex's optimizers need CUDA; torch.optim.AdamW(fused=True) runs instead.")
         optimizer = make_adamw(self.model, args.lr, args.weight_decay, apex)
         schedule = make_schedule(optimizer, self.total_steps, args.warmup_prop, args.lr, args.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -176,6 +176,12 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
     try:
         yield
         dist.barrier()  # the store lives in the main process: none leaves before all are done
+    except RuntimeError as error:
+        if "peer" not in str(error):
+            raise
+        if is_main():  # the other process has said why, or its launcher will
+            raise InputError("another process of the run has ended, so this one cannot go on.") from error
+        raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
 

@@ -313,8 +313,10 @@ def choose_devices(args: Args) -> Devices:
         raise InputError(f"device_id {args.device_id}: this machine has no GPU. Leave it out, or give -1 for the CPU.")
     if not (args.fp16 or args.bf16) and "amp_opt" in args.given and args.amp_opt != "O0":
         raise InputError(f"--amp_opt={args.amp_opt} needs --fp16 or --bf16.")
-    if (args.fp16 or args.bf16) and kind == "mps":
-        raise InputError("--fp16 and --bf16 run on CUDA and on the CPU (--device_id=-1), not on MPS.")
+    if (args.fp16 or args.bf16 or ranks.size() > 1) and kind == "mps":
+        raise InputError(
+            "--fp16, --bf16 and several processes run on CUDA and on the CPU (--device_id=-1), not on MPS."
+        )
     if "distributed_backend" in args.given and args.distributed_backend == "nccl" and kind != "cuda":
         raise InputError("--distributed_backend=nccl needs GPUs; leave it out.")
     if ranks.size() > 1 and args.strategy != "ddp" and kind != "cuda":
