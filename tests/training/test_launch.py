@@ -325,6 +325,8 @@ def test_strategies_are_lightnings_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr("funneltfm.training.ranks.size", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("funneltfm.training.setup.torch.cuda.set_device", lambda index: seen.update(index=index))
     monkeypatch.setattr("lightning.Trainer", lambda **kwargs: seen.update(kwargs))
     monkeypatch.setattr("funneltfm.training.setup.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("funneltfm.training.setup.torch.cuda.device_count", lambda: 2)
@@ -334,7 +336,7 @@ def test_strategies_are_lightnings_own(monkeypatch: pytest.MonkeyPatch) -> None:
         make_trainer(args, choose_devices(args))
 
     trainer(strategy="fsdp", bf16=True, amp_opt="O1")
-    assert (seen["strategy"], seen["precision"], seen["devices"]) == ("fsdp", "bf16-mixed", 2)
+    assert (seen["strategy"], seen["precision"], seen["devices"], seen["index"]) == ("fsdp", "bf16-mixed", 2, 1)
     with pytest.raises(InputError, match="takes --amp_opt=O1; O2 is for ddp"):
         trainer(strategy="deepspeed_stage_2", fp16=True)
     with pytest.raises(InputError, match="strategy 'magic' is none of"):

@@ -105,7 +105,7 @@ class Watched(lightning.LightningModule):
         return optimizer
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grads.append(grads)
         self.norms.append(float(torch.stack([g.float().norm() for g in grads]).norm()))
 
@@ -364,6 +364,39 @@ def test_a_tied_weight_has_one_master() -> None:
     for name in ("model.table.weight", "model.again.weight", "model.out_weight"):
         assert torch.equal(state[name], master)
     assert not representable(master.detach(), torch.float16)
+
+
+def test_masters_start_as_the_weights_that_were_given() -> None:
+    """Also where a weight is met twice: the second time it is half already."""
+    model = Tied()
+    exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    plugin = AmpPrecision("O2", torch.bfloat16, "cpu")
+    plugin.convert_module(model)
+    for name, parameter in model.named_parameters():
+        master = plugin._masters.get(parameter, parameter)
+        assert torch.equal(master.detach(), exact[name]), name
+
+
+@pytest.mark.parametrize("level", [None, "O1", "O2", "O3"])
+def test_what_has_no_gradient_in_a_step_stays(level: str | None) -> None:
+    """The gradient of the step before is not used again."""
+
+    class Sometimes(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Linear(2, 2)
+            self.calls = 0
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.calls += 1
+            logits = super().forward(ids)
+            return self.extra(logits) if self.calls == 1 else logits
+
+    watched = train(level, n=3, model=Sometimes)
+    index = [name for name, _ in watched.model.named_parameters()].index("extra.weight")
+    first, second, third = (after["weights"][index] for after in watched.after)
+    assert torch.equal(first, second)
+    assert torch.equal(second, third)
 
 
 def test_what_does_not_learn_has_no_master() -> None:

@@ -50,11 +50,11 @@ def largest(trial: Callable[[int], int | None], limit: int, max_batch: int) -> d
     """
     trials: dict[int, int | None] = {}
     fits, too_large = 0, max_batch + 1
-    predictions = 0  # in a row; after three of them the next size is chosen whatever they say
+    predictions = 0  # in a row, that led less far than doubling; after three the next size is chosen without one
     while too_large - fits > 1:
         guess = _where_it_is_full({b: peak for b, peak in trials.items() if peak is not None}, limit)
         if guess is not None and predictions < 3:
-            predictions += 1
+            predictions += guess < 2 * fits
             if guess >= too_large:  # the line was too low: a part of the way back
                 guess = too_large - (too_large - fits) // 4
         else:

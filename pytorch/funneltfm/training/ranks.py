@@ -30,6 +30,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_rank() -> int:
+    """Which of this machine's processes this is."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+
+
 def local_size() -> int:
     """Number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
@@ -120,7 +125,7 @@ class Place:
     port: int
 
 
-def find_place(world_size: int, own_rank: int, init_method: str | None, device_id: int) -> Place | None:
+def find_place(world_size: int, own_rank: int, init_method: str | None) -> Place | None:
     """This process's place, from the environment of torchrun (or Ray), from that of SLURM, or from flags; None where
     nothing has launched it.
     """
@@ -154,7 +159,7 @@ def find_place(world_size: int, own_rank: int, init_method: str | None, device_i
                 f"distributed_rank must be below distributed_world_size, {world_size}; got {own_rank}. With "
                 f"--distributed_init_method every process is started by hand and has its own rank."
             )
-        return Place(own_rank, world_size, max(0, device_id), world_size, host, int(host_port))
+        return Place(own_rank, world_size, 0, 1, host, int(host_port))  # alone on its machine, for all we know
     return None
 
 
@@ -164,11 +169,16 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
     if place is None or (dist.is_available() and dist.is_initialized()):
         yield
         return
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    values = (place.rank, place.size, place.local_rank, place.local_size, place.address, place.port)
-    os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+    os.environ |= {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_size),
+        "GROUP_RANK": str(place.rank // place.local_size),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+    }
     if backend == "nccl":
-        torch.cuda.set_device(place.local_rank)
         backend = "cpu:gloo,cuda:nccl"  # objects and votes travel over gloo and keep no GPU waiting
     if dist.is_torchelastic_launched():
         _end_with(os.getppid())

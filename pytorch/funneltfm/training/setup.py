@@ -255,9 +255,7 @@ def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
 
 def take_place(args: Args) -> ranks.Place | None:
     """Where a launcher has put this process, if one has; the number of processes becomes a flag that is set."""
-    place = ranks.find_place(
-        args.distributed_world_size, args.distributed_rank, args.distributed_init_method, args.device_id
-    )
+    place = ranks.find_place(args.distributed_world_size, args.distributed_rank, args.distributed_init_method)
     wanted = args.distributed_world_size
     if place is not None:
         if wanted > 1 and "distributed_world_size" in args.given and wanted != place.size:
@@ -283,7 +281,7 @@ class Devices:
 
     accelerator: Literal["cpu", "cuda", "mps"]
     index: int
-    """Number of the GPU; with several processes each takes the one of its place on the machine."""
+    """Number of the GPU, where this process is the only one of its machine; else each takes that of its place."""
     level: str | None
     """O0 to O3, or None for plain fp32."""
     dtype: torch.dtype
@@ -303,10 +301,12 @@ def choose_devices(args: Args) -> Devices:
     kind: Literal["cpu", "cuda", "mps"] = "cpu"
     if args.device_id >= 0 and torch.cuda.is_available():
         kind = "cuda"
-        gpus, wanted = torch.cuda.device_count(), ranks.local_size() if ranks.size() > 1 else args.device_id + 1
-        if wanted > gpus:
-            what = f"{wanted} processes" if ranks.size() > 1 else f"device_id {args.device_id}"
+        gpus, index = torch.cuda.device_count(), args.device_id if ranks.local_size() == 1 else ranks.local_rank()
+        if max(index, ranks.local_size() - 1) >= gpus:
+            what = f"{ranks.local_size()} processes" if ranks.local_size() > 1 else f"device_id {index}"
             raise InputError(f"{what}: this machine has {gpus} GPUs, numbered from 0. --device_id=-1 is the CPU.")
+        if ranks.size() > 1:
+            torch.cuda.set_device(index)
     elif args.device_id >= 0 and torch.backends.mps.is_available():
         kind = "mps"
     elif args.device_id > 0 and args.distributed_init_method is None:
@@ -338,6 +338,7 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     plugins = kwargs.pop("plugins", [])
     precision = devices.plugin()
+    one: Any = [devices.index] if devices.accelerator == "cuda" else 1
     if ranks.size() > 1:
         kwargs["strategy"] = _strategy(args, devices)
         if args.launcher == "ray":  # which has started this process and gives it its device
@@ -345,7 +346,8 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
 
             plugins, kwargs["devices"] = [*plugins, RayLightningEnvironment()], "auto"
         else:
-            kwargs |= {"devices": ranks.local_size(), "num_nodes": ranks.size() // ranks.local_size()}
+            kwargs["num_nodes"] = ranks.size() // ranks.local_size()
+            kwargs["devices"] = one if ranks.local_size() == 1 else ranks.local_size()
             plugins = [*plugins, TorchElasticEnvironment()]  # ranks.joined has put everything into the environment
         if args.strategy != "ddp" and precision is not None:
             if devices.level != "O1":
@@ -353,7 +355,7 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
             kwargs["precision"] = "bf16-mixed" if devices.dtype == torch.bfloat16 else "16-mixed"
             precision = None
     else:
-        kwargs["devices"] = [devices.index] if devices.accelerator == "cuda" else 1
+        kwargs["devices"] = one
     return lightning.Trainer(
         accelerator=devices.accelerator,
         plugins=[*plugins, *([precision] if precision else [])],
