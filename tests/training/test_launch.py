@@ -235,6 +235,17 @@ def training(flags: dict[str, Any], root: Path, *more: str) -> subprocess.Popen:
     return process
 
 
+def test_launcher_killed_while_the_others_start_leaves_no_orphans(flags: dict[str, Any], tmp_path: Path) -> None:
+    run = [*CLASSIFY, *words_of(flags), f"--model_dir={tmp_path / 'run'}", "--distributed_world_size=2"]
+    process = start(run)
+    while len(left_of(tmp_path / "run")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    assert no_orphans(tmp_path / "run")
+    process.communicate()
+
+
 def test_launcher_killed_leaves_no_orphans(flags: dict[str, Any], tmp_path: Path) -> None:
     process = training(flags, tmp_path / "run")
     assert len(left_of(tmp_path / "run")) == 3

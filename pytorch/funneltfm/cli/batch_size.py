@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
         _GROUPS,
         prog="funneltfm batch-size",
         description="Find the largest training batches that fit, by training: two steps of finetuning for each size "
-        "that is tried. Data, validation and checkpoints come on top in a run, so leave a little room.",
+        "that is tried. In a run data, validation and checkpoints come on top, and on the CPU the peak varies by a few "
+        "percent: leave a little room.",
         config_file=False,
     )
     flags, given = parser.parse(argv)

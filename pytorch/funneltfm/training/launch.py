@@ -10,6 +10,7 @@ from typing import Any
 
 from funneltfm.errors import InputError, Stopped
 from funneltfm.training.config import Args, make_args
+from funneltfm.training.ranks import LAUNCHER
 
 # Where this package is, for processes that may not have it installed.
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -37,7 +38,7 @@ def start_here(args: Args, model_dir: Path) -> None:
     n = args.distributed_world_size
     words = [f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below, in one line
-    env = {"PYTHONPATH": _python_path()}
+    env = {"PYTHONPATH": _python_path(), LAUNCHER: str(os.getpid())}
     if "OMP_NUM_THREADS" not in os.environ:  # as many threads in all as one process would have
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n))
     port = args.distributed_port if "distributed_port" in args.given else 0

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from funneltfm.errors import InputError
 
 T = TypeVar("T")
+LAUNCHER = "FUNNELTFM_LAUNCHER"  # environment variable: the process that has started this one and watches it
 
 
 def size() -> int:
@@ -181,7 +182,7 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
     if backend == "nccl":
         backend = "cpu:gloo,cuda:nccl"  # objects and votes travel over gloo and keep no GPU waiting
     if dist.is_torchelastic_launched():
-        _end_with(os.getppid())
+        _end_with(int(os.environ.get(LAUNCHER, os.getppid())))
     dist.init_process_group(backend, rank=place.rank, world_size=place.size)
     try:
         yield
@@ -197,12 +198,13 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: no orphans after a kill -9 of the launcher."""
+    """End this process when its parent is gone, or was before it looked: no orphans after a kill -9 of the launcher,
+    whose store they would wait for.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    if parent > 1:
-        threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
