@@ -14,7 +14,7 @@ import torch
 
 from funneltfm import __version__
 from funneltfm.cli.main import main
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, Stopped
 from funneltfm.training.config import flag_fields
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -344,5 +344,37 @@ def test_ctrl_c_says_how_to_go_on(place: Path) -> None:
     assert out == ""
     assert "Traceback" not in err
     last = err.splitlines()[-1]
-    assert "stopped" in last
-    assert "--resume" in last
+    assert re.fullmatch(
+        r"funneltfm classify: stopped\. Saved after step \d+; go on with --resume --model_dir=run", last
+    )
+
+
+def test_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "funneltfm"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"funneltfm {__version__}\n", "")
+    done = subprocess.run([*command, "clasify"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no verb 'clasify'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "\nfunneltfm classify: stopped.\n"),
+        (KeyboardInterrupt("Nothing was saved yet."), 130, "\nfunneltfm classify: stopped. Nothing was saved yet.\n"),
+        (Stopped(signal.SIGTERM, "Go on."), 143, "\nfunneltfm classify: stopped. Go on.\n"),
+        (Stopped(signal.SIGUSR1, "Go on."), 138, "\nfunneltfm classify: stopped. Go on.\n"),
+        (Stopped(signal.SIGINT), 130, ""),  # another process has said it
+    ],
+    ids=repr,
+)
+def test_the_exit_code_says_which_signal(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(argv: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("funneltfm.cli.classify.main", stopped)
+    assert main(["classify"]) == code
+    assert capsys.readouterr() == ("", said)

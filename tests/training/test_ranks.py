@@ -35,7 +35,7 @@ from funneltfm.training.setup import Devices, make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 MODEL = {
     "block_size": "1_1", "d_embed": 8, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16,
     "separate_cls": True, "truncate_seq": True, "pool_q_only": True,
@@ -54,7 +54,8 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_agrees_with_itself() -> None:
-    assert (ranks.size(), ranks.rank(), ranks.local_size(), ranks.is_main()) == (1, 0, 1, True)
+    assert (ranks.size(), ranks.rank(), ranks.is_main()) == (1, 0, True)
+    assert (ranks.local_size(), ranks.local_rank()) == (1, 0)
     value = {"a": [1]}
     assert ranks.broadcast(value) is value
     assert ranks.gather(value) == [value]
@@ -83,8 +84,8 @@ def test_nothing_to_join() -> None:
 # ---- places
 
 
-def place(world_size: int = 1, rank: int = 0, init_method: str | None = None, device_id: int = 0) -> ranks.Place | None:
-    return ranks.find_place(world_size, rank, init_method, device_id)
+def place(world_size: int = 1, rank: int = 0, init_method: str | None = None) -> ranks.Place | None:
+    return ranks.find_place(world_size, rank, init_method)
 
 
 TORCHRUN = {
@@ -152,10 +153,9 @@ def test_launched_by_slurm_with_ntasks_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_started_by_hand() -> None:
-    assert place(4, 3, "tcp://10.0.0.5:1234", device_id=2) == ranks.Place(3, 4, 2, 4, "10.0.0.5", 1234)
-    on_cpu = place(2, 1, "tcp://[::1]:9", device_id=-1)
-    assert on_cpu is not None
-    assert (on_cpu.local_rank, on_cpu.address) == (0, "[::1]")
+    """Whether two of them share a machine is not known: each counts as alone on its own."""
+    assert place(4, 3, "tcp://10.0.0.5:1234") == ranks.Place(3, 4, 0, 1, "10.0.0.5", 1234)
+    assert place(2, 0, "tcp://[::1]:9") == ranks.Place(0, 2, 0, 1, "[::1]", 9)
 
 
 @pytest.mark.parametrize("method", ["env://", "tcp://", "tcp://host", "tcp://host:", "tcp://:80", "tcp://h:x", "h:80"])
@@ -257,7 +257,7 @@ def agreements() -> dict[str, Any]:
         raise OSError("no such disk")
 
     found: dict[str, Any] = {
-        "place": (ranks.size(), rank, ranks.local_size(), ranks.is_main()),
+        "place": (ranks.size(), rank, ranks.local_size(), ranks.local_rank(), ranks.is_main()),
         "broadcast": ranks.broadcast({"from": rank}),
         "gather": ranks.gather({"from": rank}),
         "mean": ranks.mean(float(rank)),
@@ -271,7 +271,7 @@ def agreements() -> dict[str, Any]:
 def two(folder: Path) -> None:
     """All that the tests below look at."""
     os.chdir(folder)
-    with ranks.joined(ranks.find_place(1, 0, None, -1), "gloo"), engine._quiet():
+    with ranks.joined(ranks.find_place(1, 0, None), "gloo"), engine._quiet():
         rank = ranks.rank()
         Path(f"agreements.{rank}.json").write_text(json.dumps(agreements()), encoding="utf-8")
         steps = {name: train(name, alone=False) for name in STEPS}
@@ -369,7 +369,7 @@ def by_rank(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_what_two_processes_agree_on(pair: Path) -> None:
     main, other = by_rank(pair, "agreements.json")
-    assert (main["place"], other["place"]) == ([2, 0, 2, True], [2, 1, 2, False])
+    assert (main["place"], other["place"]) == ([2, 0, 2, 0, True], [2, 1, 2, 1, False])
     for found in (main, other):
         assert found["broadcast"] == {"from": 0}
         assert found["gather"] == [{"from": 0}, {"from": 1}]

@@ -28,9 +28,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, mps: bool = False) -
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
-def processes(monkeypatch: pytest.MonkeyPatch, size: int, local_size: int) -> None:
+def processes(monkeypatch: pytest.MonkeyPatch, size: int, local_size: int, local_rank: int = 0) -> list[int]:
+    """Returns the GPUs that are then chosen."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(ranks, "size", lambda: size)
     monkeypatch.setattr(ranks, "local_size", lambda: local_size)
+    monkeypatch.setattr(ranks, "local_rank", lambda: local_rank)
+    return chosen
 
 
 # ---- how many processes
@@ -105,13 +110,25 @@ def test_what_the_machine_lacks(
         choose_devices(make_args(**flags))
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=2)
-    processes(monkeypatch, size=6, local_size=3)
-    with pytest.raises(InputError, match="3 processes: this machine has 2 GPUs"):
-        choose_devices(make_args())
-    processes(monkeypatch, size=4, local_size=2)
-    assert choose_devices(make_args()).accelerator == "cuda"
+    for rank in range(2):
+        chosen = processes(monkeypatch, size=4, local_size=2, local_rank=rank)
+        assert choose_devices(make_args()).accelerator == "cuda"
+        assert chosen == [rank]
+    for rank in range(3):  # also the first ones say so, not the third alone
+        processes(monkeypatch, size=6, local_size=3, local_rank=rank)
+        with pytest.raises(InputError, match="3 processes: this machine has 2 GPUs"):
+            choose_devices(make_args())
+
+
+def test_alone_on_its_machine_a_process_has_the_gpu_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpus=2)
+    chosen = processes(monkeypatch, size=4, local_size=1)
+    assert choose_devices(make_args(device_id=1)).index == 1
+    assert chosen == [1]
+    with pytest.raises(InputError, match="device_id 2: this machine has 2 GPUs"):
+        choose_devices(make_args(device_id=2))
 
 
 # ---- precision
