@@ -399,13 +399,13 @@ def test_what_has_no_gradient_in_a_step_stays(level: str | None) -> None:
     assert torch.equal(second, third)
 
 
-def test_what_does_not_learn_has_no_master() -> None:
+def test_what_does_not_learn_stays_and_is_saved_exactly() -> None:
     model = Toy()
     model.table.weight.requires_grad_(False)
     before = model.table.weight.clone()
     watched = train("O2", n=3, model=model)
-    assert model.table.weight not in watched.precision._masters
     assert torch.equal(model.table.weight, before.half())
+    assert torch.equal(watched.precision.exact_state(model)["table.weight"], before)
 
 
 def test_buffers_follow_but_for_those_of_norms_and_whole_numbers() -> None:

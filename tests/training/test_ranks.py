@@ -145,7 +145,6 @@ def test_launched_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place() is None
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="Lightning's SLURMEnvironment refuses a job with --ntasks alone")
 def test_launched_by_slurm_with_ntasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     set_env(monkeypatch, SLURM)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")

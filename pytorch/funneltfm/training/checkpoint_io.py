@@ -56,7 +56,7 @@ def newest_whole(paths: list[Path]) -> Path:
     """The first of `paths`, which go from new to old, that is whole; a damaged one is named and passed over."""
     there = [path for path in paths if path.is_file()]
     if not there:
-        raise InputError(f"there is nothing to resume: no {paths[0]}. Start without --resume.")
+        raise InputError(f"there is nothing to resume: no checkpoint in {paths[0].parent}. Start without --resume.")
     for path in there:
         if is_whole(path):
             return path
@@ -86,5 +86,8 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not is_whole(Path(path)):
-            raise InputError(f"the checkpoint {path} is damaged: its bytes are not those that were written.")
+            raise InputError(
+                f"the checkpoint {path} is damaged: its bytes are not those that were written. Restore it, or start "
+                "the run anew with --overwrite."
+            )
         return super().load_checkpoint(path, *args, **kwargs)

@@ -82,7 +82,7 @@ def _launch(args: Args) -> dict[str, Any]:
 
 def _run(args: Args) -> dict[str, Any]:
     data = ranks.main_first(lambda: load_data(args))
-    devices = choose_devices(args)
+    devices = ranks.main_first(lambda: choose_devices(args))
     find = functools.partial(find_run, args.model_dir, data.task.spec.name, goes_on(args), args.overwrite)
     run_dir = ranks.main_decides(find)
     resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable)) if args.resume else None
@@ -92,8 +92,10 @@ def _run(args: Args) -> dict[str, Any]:
         torch.manual_seed(args.seed + ranks.rank())
     model.gradient_checkpointing = args.gradient_checkpointing
     warn_of_diverging(args, model.net_config)
-    if ranks.is_main() and not goes_on(args) and args.overwrite:
-        run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
+    if ranks.is_main():
+        run_dir.sweep()
+        if args.overwrite and not goes_on(args):
+            run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
     with _log_file(args, run_dir), _quiet():
         n_param = sum(p.numel() for p in model.parameters())
         log.info("%s: %s examples; %s parameters; %s", data.task.spec.name, data.sizes(), f"{n_param:,}", run_dir.root)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from funneltfm.errors import InputError
+from funneltfm.training import ranks
 
 Level = Literal["O0", "O1", "O2", "O3"]
 
@@ -75,7 +76,7 @@ class AmpPrecision(Precision):
     # ---- the model
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Make weights half in place, and remember trainable ones in fp32."""
+        """Make weights half in place, and remember them in fp32."""
         if not self.meaning.half:
             return module
         for part in module.modules():
@@ -84,8 +85,7 @@ class AmpPrecision(Precision):
             for parameter in part.parameters(recurse=False):
                 if not parameter.is_floating_point() or parameter in self._masters:
                     continue
-                if parameter.requires_grad:
-                    self._masters[parameter] = nn.Parameter(parameter.detach().float())
+                self._masters[parameter] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
                 parameter.data = parameter.data.to(self.dtype)
             for name, buffer in part.named_buffers(recurse=False):
                 if buffer.is_floating_point():
@@ -141,14 +141,18 @@ class AmpPrecision(Precision):
         scale = self.scaler.get_scale()
         self.skipped += scale < before
         if scale < _MIN_SCALE:
-            raise InputError(
-                f"{self.skipped} steps had gradients that are not finite in fp16, however small the loss was scaled: "
-                f"training has diverged, or the model does not fit fp16. Lower --lr, or give --bf16 in place of --fp16"
-                f"{', or --amp_opt=O1' if self.level == 'O2' else ''}."
+            ranks.fail(
+                InputError(
+                    f"{self.skipped} steps had gradients that are not finite in fp16, however small the loss was "
+                    f"scaled: training has diverged, or the model does not fit fp16. Lower --lr, or give --bf16 in "
+                    f"place of --fp16{', or --amp_opt=O1' if self.level == 'O2' else ''}."
+                )
             )
 
     def _to_masters(self) -> None:
         for parameter, master in self._masters.items():
+            if not master.requires_grad:
+                continue
             if not self.meaning.masters:  # O3 remembers nothing finer than half between steps
                 master.data = parameter.detach().float()
             if parameter.grad is not None:
@@ -158,6 +162,8 @@ class AmpPrecision(Precision):
     @torch.no_grad()
     def _to_weights(self) -> None:
         for parameter, master in self._masters.items():
+            if not master.requires_grad:
+                continue
             parameter.copy_(master)
             master.grad = None
             if not self.meaning.masters:

@@ -131,7 +131,7 @@ def find_place(world_size: int, own_rank: int, init_method: str | None) -> Place
     nothing has launched it.
     """
     env = os.environ
-    if "RANK" in env and int(env.get("WORLD_SIZE", 1)) > 1:
+    if "RANK" in env and env.get("WORLD_SIZE", "1") != "1":
         try:
             rank, size, local_rank, local_size, port = (
                 int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -139,14 +139,17 @@ def find_place(world_size: int, own_rank: int, init_method: str | None) -> Place
             return Place(rank, size, local_rank, local_size, env["MASTER_ADDR"], port)
         except (KeyError, ValueError) as error:
             raise InputError(
-                "the environment has RANK and WORLD_SIZE, but LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR or "
-                "MASTER_PORT is missing or no number. Launch with torchrun, or unset RANK."
+                "the environment has RANK and WORLD_SIZE, but one of them, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR "
+                "or MASTER_PORT is missing or no number. Launch with torchrun, or unset RANK."
             ) from error
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     if SLURMEnvironment.detect() and int(env.get("SLURM_NTASKS", 1)) > 1:
+        # Lightning refuses a job that was started with --ntasks alone.
+        tasks = env.setdefault(
+            "SLURM_NTASKS_PER_NODE", str(int(env["SLURM_NTASKS"]) // int(env.get("SLURM_NNODES", 1)))
+        )
         slurm = SLURMEnvironment(auto_requeue=False)
-        tasks = env.get("SLURM_NTASKS_PER_NODE") or int(env["SLURM_NTASKS"]) // int(env.get("SLURM_NNODES", 1))
         return Place(
             slurm.global_rank(), slurm.world_size(), slurm.local_rank(), int(tasks), slurm.main_address, slurm.main_port
         )

@@ -79,6 +79,11 @@ class RunDir:
         """Whether there is anything here to lose."""
         return any(path.exists() for path in (self.metrics, self.results, self.checkpoints, self.model.parent))
 
+    def sweep(self) -> None:
+        """Remove what a run that was killed while it wrote has left."""
+        for path in self.root.glob("**/.*.tmp*"):
+            path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         for name in _FILES:
             (self.root / name).unlink(missing_ok=True)
