@@ -12,7 +12,7 @@ import torch
 
 from funneltfm import files
 from funneltfm.errors import InputError
-from funneltfm.files import atomic_path, existing_file, file_digest, torch_save, write_json, write_text
+from funneltfm.files import atomic_path, existing_file, file_digest, read_json, torch_save, write_json, write_text
 
 
 def names(folder):
@@ -150,3 +150,17 @@ def test_existing_file(tmp_path):
         existing_file(tmp_path / "none", "the vocabulary")
     with pytest.raises(InputError, match="it is a folder"):
         existing_file(tmp_path, "the vocabulary")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b'{"a": 1, "a": 2}', b'["\\ud800"]', b"[" * 99_999, b"9" * 5000],
+    ids=lambda content: content[:9],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot read the labels .*file\.json: ") as caught:
+        read_json(tmp_path / "file.json", "the labels")
+    assert len(str(caught.value)) < 800
+    (tmp_path / "file.json").write_text('{"a": {"a": [1]}}')
+    assert read_json(tmp_path / "file.json", "the labels") == {"a": {"a": [1]}}

@@ -27,7 +27,7 @@ FLOORS = (
     ),
     ("metrics", "tasks.*"),
     ("training.*", "experiments.*"),
-    ("cli.*",),
+    ("cli.*", "__main__"),
 )
 
 

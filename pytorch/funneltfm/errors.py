@@ -15,3 +15,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
         self.signum = signum
+
+
+def brief(text: str, limit: int = 160) -> str:
+    """What came, for a message: on one line, cut where it is long."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 
 
 @contextlib.contextmanager
@@ -53,6 +53,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """The content of a JSON file; an InputError that says `what` it should be where it cannot be read."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=each_key_once)
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800", half a character, is JSON but no text
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {what} {path}: {brief(str(error), 400)}.") from error
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json.loads alone would keep the last of two values and say nothing."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a key is there twice among {[key for key, _ in pairs]}")
+    return values
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

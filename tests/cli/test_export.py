@@ -79,3 +79,30 @@ def test_a_sentencepiece_vocabulary_is_refused_and_nothing_is_written(
     assert main(["export", str(run), str(tmp_path / "hf")]) == 1
     assert "word_piece" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("text_config.json", "{", "cannot read the text config"),
+        ("text_config.json", "[]", "must say tokenizer_type"),
+        ("text_config.json", {"cased": "no"}, "must say tokenizer_type"),
+        ("text_config.json", {"max_length": 0}, "must say tokenizer_type"),
+        ("text_config.json", {"vocabulary": "none.txt"}, "there is no such file"),
+        ("labels.json", '["a", "b", "c"]', "distinct names of 2 classes"),
+        ("labels.json", '["a", "a"]', "distinct names of 2 classes"),
+        ("labels.json", "null", "distinct names of 2 classes"),
+        ("vocab.txt", "".join(f"{piece}\n" for piece in [*PIECES, "more"]), "has 14 pieces, but the model knows 13"),
+    ],
+)
+def test_a_folder_whose_files_do_not_belong_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str, content: str | dict, said: str
+) -> None:
+    run = finished_run(tmp_path / "run", ["a", "b"])
+    path = run / "best" / name
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    assert main(["export", str(run), str(tmp_path / "hf")]) == 1
+    message = capsys.readouterr().err
+    assert said in message
+    assert name in message or "none.txt" in message
+    assert not (tmp_path / "hf").exists()

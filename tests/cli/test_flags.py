@@ -166,6 +166,7 @@ def error(*argv: str) -> str:
         parse(*argv)
     message = str(caught.value)
     assert len(message.splitlines()) == 1  # one paragraph
+    assert len(message) < 2000
     return message
 
 
@@ -179,6 +180,14 @@ def error(*argv: str) -> str:
         ("just words\n", "mapping"),
         ("kind: green\n", "green"),
         ("secret: 1\n", "secret"),
+        ("count: 1\ncount: 2\n", "count is there twice"),
+        ("[]\n", "mapping"),
+        ("[" * 5000, "recursion"),
+        ('name: "\\UFFFFFFFF"\n', "cannot read"),
+        ('name: "a\\0b"\n', "no text"),
+        ('name: "\\uD800"\n', "no text"),
+        ("? [a]\n: 1\n", "cannot read"),
+        ("? " + "x" * 9000 + "\n: 1\n", "unknown flag"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_the_file(yaml, text: str, said: str) -> None:
@@ -205,8 +214,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["--ratee", "5"], ["--ratee", "Did you mean --rate?"]),
         (["--coun=5"], ["--coun", "Did you mean --count?"]),  # no abbreviations: a new flag would change their meaning
         (["--kind=green"], ["kind", "green", "red", "blue"]),
-        (["--count=many"], ["count", "many", "int"]),
+        (["--count=many"], ["count", "many", "a whole number"]),
         (["--count=1.5"], ["count", "1.5"]),
+        (["--count=1_0"], ["count", "1_0"]),
+        (["--count= 1"], ["count", "whole number"]),
+        (["--count=\u0661"], ["count", "whole number"]),
+        ([f"--count={'9' * 5000}"], ["count", "whole number"]),
+        (["--rate=1_0.5"], ["rate", "1_0.5"]),
+        (["--rate=1e999"], ["rate", "1e999"]),
         (["--count"], ["--count"]),
         (["--loud=perhaps"], ["loud", "perhaps"]),
         (["--rate=nan"], ["rate", "nan"]),

@@ -389,3 +389,9 @@ def test_readers_never_see_half_a_file(load: Loader, caplog: pytest.LogCaptureFi
         stop.set()
         thread.join()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("number", [-1, 2**31, 10**30])
+def test_segment_ids_fit_their_array(number: int) -> None:
+    with pytest.raises(InputError, match="seg_id_b must be"):
+        EncodingConfig(seg_id_b=number)

@@ -313,6 +313,8 @@ BROKEN = [
     ("MNLI", "a\t\tneutral\n", 3, "got an empty text"),
     ("STS-B", "a\tb\thigh\n", 3, "expected a finite number as label, got 'high'"),
     ("STS-B", "a\tb\tnan\n", 3, "expected a finite number as label, got 'nan'"),
+    ("STS-B", "a\tb\t1_0\n", 3, "expected a finite number as label, got '1_0'"),
+    ("STS-B", "a\tb\t\u0663\n", 3, "expected a finite number as label"),
     ("STS-B", "a\tb\t\n", 3, "expected a finite number as label, got ''"),
     ("AG", '"5","t","x"\n', 2, "one of 1, 2, 3, 4, got '5'"),
     ("AG", '"1","x"\n', 2, "expected 3 columns, got 2"),
@@ -320,6 +322,7 @@ BROKEN = [
     ("AG", '"1","t","a\nb"\n"2","t"\n', 4, "expected 3 columns, got 2"),
     ("AG", '"1","t","a\nb"\n"9","t","c\nd\ne"\n', 4, "got '9'"),
     ("AG", '"1","t","never closed\n"1","t","x"\n', 2, "broken quoting"),
+    ("AG", '"1","t","x"\n"1","never closed\n1,a,b\n1,c,d\n', 3, "broken quoting that takes it to line 5"),
     ("AG", b'"1","t","\xff"\n', 2, "bytes that are not UTF-8"),
     ("AG", '"1","t","\0"\n', 2, "or a NUL"),
     ("AG", '"1","t",x\ry\n', 2, "broken quoting"),
@@ -381,6 +384,31 @@ def test_long_fields_are_read_and_the_limit_of_csv_is_put_back(tmp_path):
         assert csv.field_size_limit() == 1000
     finally:
         csv.field_size_limit(before)
+
+
+def test_a_label_of_thousands_of_digits_is_a_label(tmp_path):
+    write(tmp_path, {"train.tsv": f"text_a\tlabel\nx\t{'9' * 5000}\ny\t2\n"})
+    assert custom_dataset(tmp_path).labels == ("2", "9" * 5000)
+
+
+def test_a_key_twice_in_an_object_is_a_broken_row(tmp_path):
+    write(tmp_path, {"train.jsonl": '{"text_a": "x", "label": 1}\n{"text_a": "y", "label": 1, "label": 0}\n'})
+    with pytest.raises(InputError, match="line 2: expected a JSON object, got a key is there twice"):
+        custom_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["label", "id", "idx", "index"])
+def test_an_optional_column_twice_is_refused(tmp_path, name):
+    write(tmp_path, {"train.csv": "text_a,label\nx,1\n", "test.csv": f"text_a,{name},{name}\nx,1,0\n"})
+    with pytest.raises(InputError, match=rf"test\.csv: expected one column named '{name}' .* got several"):
+        read_split(custom_dataset(tmp_path), tmp_path, "test")
+
+
+def test_a_long_header_is_shortened_in_the_message(tmp_path):
+    write(tmp_path, {"train.tsv": "x\t" * 100_000 + "\n"})
+    with pytest.raises(InputError, match="expected one column named 'sentence'") as error:
+        read_split(DATASETS["SST-2"], tmp_path, "train")
+    assert len(str(error.value)) < 2000
 
 
 # files

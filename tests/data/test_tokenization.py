@@ -312,3 +312,21 @@ def test_half_a_surrogate_pair(tokenizers: dict[str, Tokenizer], kind: str) -> N
 def test_ids_outside_the_vocabulary(tokenizers: dict[str, Tokenizer], wrong: int) -> None:
     with pytest.raises(InputError, match=f"got {wrong}"):
         tokenizers["word_piece angle uncased"].convert_ids_to_pieces([0, wrong])
+
+
+def test_a_piece_that_is_not_text(tmp_path: Path) -> None:
+    """The library reads such a model, and fails when it is asked for the piece."""
+    path = train_model(tmp_path / "m.model", ["<cls>", "<sep>", "zzqq"])
+    content = path.read_bytes()
+    assert b"\x04zzqq" in content
+    path.write_bytes(content.replace(b"\x04zzqq", b"\x04zzq\xff"))
+    assert "is damaged" in message("sent_piece", path)
+
+
+def test_long_pieces_are_shortened_in_the_message(tmp_path: Path) -> None:
+    assert len(message("word_piece", write_vocabulary(tmp_path / "v.txt", ANGLE, ["a" * 9999] * 2))) < 1000
+
+
+def test_a_path_that_no_file_can_have() -> None:
+    with pytest.raises(InputError, match="Cannot read the vocabulary file"):
+        get_tokenizer("word_piece", "vocab\0.txt")

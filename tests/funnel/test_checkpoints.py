@@ -209,6 +209,50 @@ def test_truncated_at_any_place(tmp_path, zip_format):
             read_state(path)
 
 
+def test_a_flipped_bit_is_noticed(saved, tmp_path):
+    model, path = saved
+    whole = path.read_bytes()
+    weight = model.state_dict()["input_layer.0.lookup_table"].numpy().tobytes()
+    at = whole.index(weight) + len(weight) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert set(torch.load(path, weights_only=True)) == set(model.state_dict())  # torch does not look
+    with pytest.raises(InputError, match="checksum"):
+        load_checkpoint(model, path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(8, dtype=torch.int64), torch.ones(8, dtype=torch.complex64), torch.ones(8).to_sparse(),
+     torch.ones(8, device="meta")],
+    ids=["int64", "complex64", "sparse", "meta"],
+)  # fmt: skip
+def test_tensors_that_no_model_holds(saved, tensor):
+    model, path = saved
+    name = "pffn_layers.0.pffn.3.bias"
+    torch.save(model.state_dict() | {name: tensor}, path)
+    with pytest.raises(InputError, match=rf"model\.pt must hold dense tensors of real numbers; {name} is"):
+        load_checkpoint(model, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_values_that_are_no_numbers(saved, value):
+    model, path = saved
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed = before["input_layer.1.bias"].double()
+    changed[0] = value
+    torch.save(before | {"input_layer.1.bias": changed}, path)
+    with pytest.raises(InputError, match=r"NaN or infinity in 1 of its .* \(first input_layer\.1\.bias\)"):
+        load_checkpoint(model, path)
+    assert equal(model.state_dict(), before)
+
+
+def test_one_name_with_and_without_prefix(saved):
+    model, path = saved
+    torch.save(model.state_dict() | {"module.input_layer.1.bias": torch.zeros(8)}, path)
+    with pytest.raises(InputError, match="with and without the prefix"):
+        load_checkpoint(model, path)
+
+
 def test_other_contents(tmp_path):
     tensor = torch.zeros(1)
     for value in (tensor, [tensor], {"state_dict": {"a": tensor}}, {"a": tensor, "epoch": 3}, {"a": 1.0}, 3):
@@ -261,7 +305,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(saved, monkeypatch):
     before = path.read_bytes()
 
     def fails(state, target):
-        target.write_bytes(b"half of it")
+        target.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fails)

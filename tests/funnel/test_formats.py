@@ -305,3 +305,35 @@ def test_a_damaged_tensorflow_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="TensorFlow could not read"):
         convert_checkpoint(tmp_path / "tf", tmp_path / "out", to="pt", options=OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_sizes", 4), ("block_sizes", [1, "1"]), ("block_sizes", [1, 1, 1]), ("block_repeats", [0, 1]),
+     ("hidden_act", {}), ("attention_type", "absolute"), ("num_decoder_layers", True), ("id2label", 3),
+     ("n_head", 3), ("d_model", "16")],
+)  # fmt: skip
+def test_a_config_of_transformers_that_cannot_be(tmp_path: Path, key: str, value: object) -> None:
+    convert_checkpoint(pt_folder(tmp_path / "pt"), tmp_path / "hf", to="hf")
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=r"hf/config\.json"):
+        convert_checkpoint(tmp_path / "hf", tmp_path / "again", to="pt")
+    assert not (tmp_path / "again").exists()
+
+
+def test_tensors_that_are_no_numbers_are_not_converted(tmp_path: Path) -> None:
+    source = pt_folder(tmp_path / "pt")
+    state = torch.load(source / "model.pt", weights_only=True)
+    state["input_layer.1.bias"][0] = float("nan")
+    torch.save(state, source / "model.pt")
+    with pytest.raises(InputError, match=r"NaN or infinity in 1 tensors \(first input_layer\.1\.bias\)"):
+        convert_checkpoint(source, tmp_path / "hf", to="hf")
+
+
+def test_whole_numbers_in_a_safetensors_file(tmp_path: Path) -> None:
+    convert_checkpoint(pt_folder(tmp_path / "pt"), tmp_path / "hf", to="hf")
+    path = tmp_path / "hf/model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(InputError, match="dense tensors of real numbers"):
+        convert_checkpoint(tmp_path / "hf", tmp_path / "again", to="pt")

@@ -1,13 +1,13 @@
 """`funneltfm export RUN DST`: a finetuned model as a folder that plain `transformers` loads."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from funneltfm.cli.flags import FlagParser
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
+from funneltfm.files import existing_file, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ def main(argv: Sequence[str]) -> None:
     text_config = best / "text_config.json"
     if not text_config.is_file():
         raise InputError(f"{best} is no finetuned model: it has no text_config.json. Name the folder of a run.")
-    text = json.loads(text_config.read_text(encoding="utf-8"))
+    text = _read_text_config(text_config)
+    vocabulary = existing_file(best / text["vocabulary"], f"the vocabulary that {text_config} names,")
 
     def finish(folder: Path) -> None:
         name_labels(read_labels(best / "model.pt"), folder)
-        vocabulary = best / text["vocabulary"]
         write_hf_tokenizer(vocabulary, text["tokenizer_type"], text["cased"], text["max_length"], folder)
 
     target = Path(flags["target"])
@@ -57,3 +57,16 @@ def main(argv: Sequence[str]) -> None:
         "Note: transformers does not pad to the canonical length, so its scores may differ slightly from those here; "
         "inputs of such a length (funneltfm.canonical_length) give the same."
     )
+
+
+_TEXT_CONFIG = {"tokenizer_type": str, "cased": bool, "max_length": int, "vocabulary": str}
+
+
+def _read_text_config(path: Path) -> dict[str, Any]:
+    text = read_json(path, "the text config")
+    fits = isinstance(text, dict) and all(type(text.get(key)) is kind for key, kind in _TEXT_CONFIG.items())
+    if not fits or text["max_length"] < 1:
+        raise InputError(
+            f"{path} must say {', '.join(_TEXT_CONFIG)}, as a run writes them; got {brief(repr(text))}. Copy it again."
+        )
+    return text

@@ -7,15 +7,16 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import docstring_parser
-import yaml
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
+from funneltfm.training.config import read_yaml
 
 Group = tuple[str, type, tuple[str, ...]]
 
@@ -64,7 +65,8 @@ class FlagParser(argparse.ArgumentParser):
         else:
             kind = kinds[0] if kinds else field.type
             metavar = {int: "N", float: "X"}.get(kind, "TEXT")  # type: ignore[arg-type]
-            group.add_argument(f"--{name}", type=_number if kind is float else kind, metavar=metavar, **common)
+            read = {int: _whole_number, float: _number}.get(kind, kind)  # type: ignore[arg-type]
+            group.add_argument(f"--{name}", type=read, metavar=metavar, **common)
 
     @property
     def flag_names(self) -> list[str]:
@@ -99,21 +101,24 @@ class FlagParser(argparse.ArgumentParser):
         line.
         """
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadFlag(f"cannot read the config file {path}: {' '.join(str(error).split())}") from error
+            content = read_yaml(path, "the config file", "BaseLoader")
+        except InputError as error:
+            raise BadFlag(str(error)) from error
+        content = {} if content is None else content
         if not isinstance(content, dict):
             raise BadFlag(f"the config file {path} must hold a mapping: `name: value` lines, one for each flag.")
         words = []
         for name, value in content.items():
             if name not in self.defaults:
-                raise BadFlag(f"the config file {path} has the unknown flag {name!r}.{self._close([name])}")
+                raise BadFlag(f"the config file {path} has the unknown flag {brief(name)!r}.{self._close([name])}")
             if not isinstance(value, str):
                 raise BadFlag(f"the config file {path} gives {name} a {type(value).__name__}; expected one value.")
             if value in ("", "null", "~"):
                 if self.defaults[name] not in (None, ""):
                     raise BadFlag(f"the config file {path} gives {name} no value.")
                 continue
+            if not _is_word(value):
+                raise BadFlag(f"the config file {path} gives {name} what is no text: {brief(ascii(value))}.")
             words.append(f"--{name}={value}")
         try:
             return vars(self.parse_args(words))
@@ -123,7 +128,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise BadFlag: one paragraph, with the closest flag where one was misspelt."""
         unknown = re.findall(r"--(\w+)", message) if "unrecognized" in message else []
-        raise BadFlag(f"{message.rstrip('.')}.{self._close(unknown)} --help lists all flags.")
+        raise BadFlag(f"{brief(message.rstrip('.'), 1000)}.{self._close(unknown)} --help lists all flags.")
 
     def _close(self, names: Sequence[str]) -> str:
         close = [match for name in names for match in difflib.get_close_matches(name, self.defaults, n=1)]
@@ -134,20 +139,35 @@ class BadFlag(InputError):
     """A command line that cannot be understood."""
 
 
+def _is_word(text: str) -> bool:
+    """Whether a text could be a word of a command line; files and folders cannot have other names."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _bool(text: str) -> bool:
     if text.lower() not in _BOOL:
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected true or false, got {brief(repr(text))}")
     return _BOOL[text.lower()]
 
 
+# int and float alone would also take 1_000, blanks around, and digits of other scripts.
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,100}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def _whole_number(text: str) -> int:
+    if not _WHOLE_NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {brief(repr(text))}")
+    return int(text)
+
+
 def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return number
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"expected a number, got {brief(repr(text))}")
+    return float(text)
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

@@ -29,6 +29,11 @@ class EncodingConfig:
     seg_id_b: int = 1
     seg_id_cls: int = 2
 
+    def __post_init__(self) -> None:
+        for name in ("seg_id_a", "seg_id_b", "seg_id_cls"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise InputError(f"{name} must be a whole number from 0 to 2^31 - 1; got {getattr(self, name)}.")
+
     def encode(
         self, ids_a: list[int], ids_b: list[int] | None, cls_id: int, sep_id: int
     ) -> tuple[list[int], list[int]]:

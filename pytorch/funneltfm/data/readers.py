@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
+from funneltfm.files import each_key_once
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def custom_dataset(
         return DatasetSpec("custom", None, ("pearson", "spearman"), splits, {})
     spec = DatasetSpec("custom", (), ("accuracy",), splits, {})
     labels = {example.label or "" for example in _read(spec, data_dir, "train", bad_rows)[0]}
-    whole = all(re.fullmatch(r"-?\d+", name) for name in labels)
+    whole = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in labels)  # int refuses thousands of digits
     return replace(spec, labels=tuple(sorted(labels, key=lambda name: (int(name) if whole else 0, name))))
 
 
@@ -270,8 +271,8 @@ class _BadRow(Exception):
     """A row that is no example: what was expected, what came."""
 
     def __init__(self, expected: str, got: str, row: object) -> None:
-        text = repr(row)  # repr also makes undecodable bytes printable
-        super().__init__(f"expected {expected}, got {got}: {text if len(text) <= 160 else text[:160] + '...'}")
+        # repr also makes undecodable bytes printable
+        super().__init__(f"expected {expected}, got {brief(got)}: {brief(repr(row))}")
 
 
 Cells = Mapping[Column, object]
@@ -332,16 +333,15 @@ def _label(spec: DatasetSpec, row: SplitSpec, cells: Cells) -> str | None:
         if not _is_finite(label):
             raise _BadRow("a finite number as label", repr(label), dict(cells))
     elif not label or (spec.labels and label not in spec.labels):  # (): a custom set whose labels are being collected
-        known = f"one of {', '.join(spec.labels[:20])}" if spec.labels else "not empty"
+        known = f"one of {brief(', '.join(spec.labels[:20]))}" if spec.labels else "not empty"
         raise _BadRow(f"a label that is {known}", repr(label), dict(cells))
     return label
 
 
 def _is_finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    """Whether a text is a number as files write them; float alone also takes 1_000 and digits of other scripts."""
+    number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
+    return number is not None and math.isfinite(float(text))
 
 
 def _text(value: object) -> str:
@@ -418,7 +418,8 @@ def _csv(path: Path, row: SplitSpec) -> Iterator[Record]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, _BadRow("a row of comma-separated, quoted columns", "broken quoting", str(error))
+                got = f"broken quoting that takes it to line {reader.line_num}"
+                yield line, _BadRow("a row of comma-separated, quoted columns", got, str(error))
 
     with _open(path) as stream, _long_fields():
         yield from _table(path, row, rows())
@@ -452,12 +453,13 @@ def _table(path: Path, row: SplitSpec, rows: Iterable[tuple[int, list[str] | _Ba
 
 
 def _check_columns(path: Path, row: SplitSpec, header: Sequence[Column]) -> None:
-    for column in row.required + (PAIR_IDS if _by_ids(row, path) else []):
-        if header.count(column) != 1:
+    required = row.required + (PAIR_IDS if _by_ids(row, path) else [])
+    for column in (*required, *({row.label, *ID_COLUMNS} - {*required, None})):
+        if header.count(column) > 1 or (column in required and column not in header):
             got = "none" if column not in header else "several"
             raise InputError(
-                f"{path}: expected one column named {column!r} in the header (line 1), got {got} among {list(header)}. "
-                "Correct the header, or name the columns to be read."
+                f"{path}: expected one column named {column!r} in the header (line 1), got {got} among "
+                f"{brief(repr(list(header)), 1000)}. Correct the header, or name the columns to be read."
             )
 
 
@@ -468,7 +470,9 @@ def _jsonl(path: Path, row: SplitSpec) -> Iterator[Record]:
             if not text.strip():
                 continue
             try:
-                cells = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+                cells = json.loads(
+                    text, object_pairs_hook=each_key_once, parse_int=str, parse_float=str, parse_constant=str
+                )
             except (ValueError, RecursionError) as error:
                 yield path, line, _BadRow("a JSON object", str(error), text.strip())
                 continue

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 
 SYMBOLS = {role: (f"<{role}>", f"[{role.upper()}]") for role in ("pad", "unk", "cls", "sep", "mask")}
 """Role -> the names that a vocabulary may give it, the preferred one first."""
@@ -125,12 +125,12 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._model = SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+            pieces: list[str] = self._model.id_to_piece(list(range(self._model.get_piece_size())))
+        except (RuntimeError, UnicodeDecodeError) as error:  # a piece may have lost its UTF-8
             raise InputError(
                 f"Expected a SentencePiece model (a binary .model file) for sent_piece, but {self.path} is not one or "
                 "is damaged. Check tokenizer_path; for a vocabulary of one piece a line use tokenizer_type word_piece."
             ) from error
-        pieces: list[str] = self._model.id_to_piece(list(range(self._model.get_piece_size())))
         self._rewrites = {i: new for i, piece in enumerate(pieces) if (new := self._rewrite(piece)) is not None}
         return pieces
 
@@ -227,8 +227,9 @@ def _read(path: Path) -> bytes:
         raise InputError(
             f"Expected a vocabulary file, but {path} is a folder. Give the file in it, such as vocab.uncased.txt."
         ) from error
-    except OSError as error:
-        raise InputError(f"Cannot read the vocabulary file {path}: {error.strerror}. Check tokenizer_path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"Cannot read the vocabulary file {path}: {why}. Check tokenizer_path.") from error
     if not content.strip():
         raise InputError(f"Expected a vocabulary, but {path} is empty. Copy or download the file again.")
     return content
@@ -251,7 +252,7 @@ def _read_vocabulary(path: Path, content: bytes) -> dict[str, int]:
             raise InputError(f"Expected one piece a line, but {path}, line {i + 1} is empty. Remove the line.")
         if (first := vocab.setdefault(piece, i)) != i:
             raise InputError(
-                f"Expected every piece once, but {path}, line {i + 1} repeats the piece {piece!r} of line {first + 1}. "
-                "Remove one: ids are counted by line."
+                f"Expected every piece once, but {path}, line {i + 1} repeats the piece {brief(repr(piece))} of line "
+                f"{first + 1}. Remove one: ids are counted by line."
             )
     return vocab

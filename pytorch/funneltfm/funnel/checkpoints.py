@@ -2,13 +2,14 @@
 
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 from funneltfm.files import atomic_path, existing_file, torch_save
 
 _LAYER = re.compile(r"(?:attn|pffn)_layers\.(\d+)\.")
@@ -31,6 +32,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a `model.pt` by name. Files from strangers are safe: nothing but tensors is unpickled."""
     path = existing_file(path, "the checkpoint")
     try:
+        _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise almost anything
         raise InputError(
@@ -44,11 +46,33 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise InputError(
             f"{path} must hold a state dict (names to tensors); it holds a {type(state).__name__} with other values."
         )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    check_kind(state, path)
+    names = [name.removeprefix("module.") for name in state]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path} holds the same tensors with and without the prefix 'module.'. Keep one of each.")
+    return dict(zip(names, state.values(), strict=True))
+
+
+def check_kind(state: dict[str, Tensor], path: Path) -> None:
+    """InputError for a tensor that no model can hold: of whole or complex numbers, sparse, or without values."""
+    for name, value in state.items():
+        if not value.is_floating_point() or value.layout is not torch.strided or value.is_meta:
+            kind = "without values" if value.is_meta else f"of {value.dtype}, {value.layout}"
+            raise InputError(f"{path} must hold dense tensors of real numbers; {brief(name)} is {kind}.")
+
+
+def _check_sums(path: Path) -> None:
+    """torch.load does not look at the checksums of a zip archive, so a flipped bit would load as another weight."""
+    with open(path, "rb") as handle:
+        if handle.read(4) != b"PK\x03\x04":
+            return  # torch's older format, which has no checksums
+    with zipfile.ZipFile(path) as archive:
+        if (record := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its record {record} is wrong")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return brief((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
 def load_checkpoint(
@@ -79,6 +103,12 @@ def load_checkpoint(
     refused = [name for name in missing if not (new_head and _HEAD.match(name))]
     if refused or unexpected or shapes:
         raise InputError(_explain(Path(path), own, state, refused, unexpected, shapes))
+    state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise InputError(
+            f"the checkpoint {path} holds NaN or infinity in {len(broken)} of its {len(state)} tensors (first "
+            f"{broken[0]}): its training diverged, or its numbers are too large for {own[broken[0]].dtype}."
+        )
     model.load_state_dict(state, strict=False)
     return missing
 
@@ -107,7 +137,7 @@ def _explain(
         )
     for names, what in ((missing, "missing"), (unexpected, "unexpected")):
         if names:
-            parts.append(f"{len(names)} {what} (first {names[0]})")
+            parts.append(f"{len(names)} {what} (first {brief(names[0])})")
     return (
         f"the checkpoint {path} does not fit the model: of its {len(state)} tensors, {'; '.join(parts)}. "
         f"Give the config that belongs to it with --init_ckpt_config."

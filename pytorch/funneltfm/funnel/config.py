@@ -1,7 +1,6 @@
 """What defines a Funnel-Transformer: one frozen dataclass, saved beside every checkpoint."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -9,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from funneltfm.errors import InputError
-from funneltfm.files import write_json
+from funneltfm.errors import InputError, brief
+from funneltfm.files import read_json, write_json
 
 AttnType = Literal["rel_shift", "factorized"]
 PoolingType = Literal["mean", "max", "min"]
@@ -33,6 +32,9 @@ PUBLISHED_SIZES = ("B4-4-4H768", "B6-3x2-3x2H768", "B6-6-6H768", "B8-8-8H1024", 
 # Keys of the TensorFlow code: its name for ours, and what only says how its training was initialised.
 _ALIASES = {"rel_attn_type": "attn_type"}
 _IGNORED_KEYS = {"init", "init_range", "init_std"}
+
+_HIGHEST = 2**31 - 1  # of a whole number: ids and sizes are 32-bit in the files around a model
+_MOST_LAYERS = 1000  # so that a slip of the finger is an error, not hours of making layers
 
 
 def model_size(name: str) -> dict[str, Any]:
@@ -62,11 +64,11 @@ def parse_blocks(block_size: str, key: str = "block_size") -> tuple[tuple[int, i
         return ()
     blocks = []
     for part in str(block_size).split("_"):
-        match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part)
+        match = re.fullmatch(r"([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,8}))?", part)
         if match is None:
             raise InputError(
                 f"{key} must be numbers of layers joined by '_', each with repeats if wanted, "
-                f"as in '4_4_4' or '6_3x2_3x2'; got {block_size!r}."
+                f"as in '4_4_4' or '6_3x2_3x2'; got {brief(repr(block_size))}."
             )
         blocks.append((int(match[1]), int(match[2] or 1)))
     return tuple(blocks)
@@ -133,12 +135,23 @@ class ModelConfig:
             raise InputError(f"d_model must be even, since positions are pairs of sine and cosine; got {self.d_model}.")
         if not self.blocks:
             raise InputError(f"block_size must name at least one block, as in '4_4_4'; got {self.block_size!r}.")
-        if len(parse_blocks(self.decoder_size, "decoder_size")) > 1:
-            raise InputError(f"decoder_size must be one block, as in '2' or '1x2', or '0'; got {self.decoder_size!r}.")
+        if len(decoder := parse_blocks(self.decoder_size, "decoder_size")) > 1:
+            got = brief(repr(self.decoder_size))
+            raise InputError(f"decoder_size must be one block, as in '2' or '1x2', or '0'; got {got}.")
+        if (layers := sum(n * repeats for n, repeats in (*self.blocks, *decoder))) > _MOST_LAYERS:
+            raise InputError(
+                f"block_size and decoder_size must apply at most {_MOST_LAYERS} layers, repeats counted; they apply "
+                f"{layers}."
+            )
         if self.pad_id >= self.vocab_size:
             raise InputError(f"pad_id must be an id of the vocabulary, below {self.vocab_size}; got {self.pad_id}.")
         if self.pooling_size < 2:
             raise InputError(f"pooling_size must be at least 2; got {self.pooling_size}.")
+        if self.pooling_size ** (len(self.blocks) - 1) > _HIGHEST:
+            raise InputError(
+                f"block_size has {len(self.blocks)} blocks, so that one state would stand for {self.pooling_size}^"
+                f"{len(self.blocks) - 1} tokens (pooling_size {self.pooling_size}); give fewer blocks."
+            )
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -160,12 +173,7 @@ class ModelConfig:
         Raises InputError for a file that is no such JSON, an unknown key, or a value out of range.
         """
         path = Path(path)
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"cannot read the model config {path}: {error}. It should be the JSON file saved beside the checkpoint."
-            ) from error
+        saved = read_json(path, "the model config")
         if not isinstance(saved, dict):
             raise InputError(
                 f"the model config {path} must be a JSON object of keys and values, got {type(saved).__name__}."
@@ -176,7 +184,7 @@ class ModelConfig:
         names = cls.names()
         if unknown := sorted(set(saved) - set(names)):
             raise InputError(
-                f"unknown key {', '.join(unknown)} in the model config {path}; the keys are {', '.join(names)}."
+                f"unknown key {brief(', '.join(unknown))} in the model config {path}; the keys are {', '.join(names)}."
             )
 
         overwrite = [key for key in re.split(r"[,\s]+", getattr(args, "overwrite_keys", None) or "") if key]
@@ -230,30 +238,26 @@ class ModelConfig:
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """`value` if it fits the field's type and range; a number for a block size becomes text."""
+    got = brief(repr(value))
     if choices := get_args(kind):
         if value not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+            raise InputError(f"{name} must be one of {', '.join(choices)}; got {got}.")
     elif kind is str:
-        if isinstance(value, int) and not isinstance(value, bool):  # "decoder_size": 2 is common in hand-written files
+        if type(value) is int and value <= _HIGHEST:  # "decoder_size": 2 is common in hand-written files
             value = str(value)
         if not isinstance(value, str):
-            raise InputError(f"{name} must be text; got {value!r}.")
+            raise InputError(f"{name} must be text; got {got}.")
     elif kind is bool:
         if not isinstance(value, bool):
-            raise InputError(f"{name} must be true or false; got {value!r}.")
+            raise InputError(f"{name} must be true or false; got {got}.")
     elif kind is float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or not 0 <= value < 1
-        ):
-            raise InputError(f"{name} must be a probability, at least 0 and below 1; got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise InputError(f"{name} must be a probability, at least 0 and below 1; got {got}.")
         value = float(value)
     else:
         lowest = 0 if name in ("seg_id_cls", "pad_id") else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise InputError(f"{name} must be a whole number, at least {lowest}; got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= _HIGHEST:
+            raise InputError(f"{name} must be a whole number, at least {lowest} and below 2^31; got {got}.")
     return value
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
 
@@ -270,6 +270,16 @@ def _from_linear(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return tensor.t() if _is_matrix(name) else tensor
 
 
+def _taken(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    try:
+        return _from_linear(name, tensor, config).contiguous()
+    except (RuntimeError, IndexError) as error:  # too many dimensions, too few, or not of n_head x d_head
+        raise InputError(
+            f"the checkpoint's tensor for {name} has the shape {tuple(tensor.shape)}, which does not fit its config "
+            f"(n_head {config.n_head}, d_head {config.d_head})."
+        ) from error
+
+
 def _is_matrix(name: str) -> bool:
     return name.endswith((".pffn.0.weight", ".pffn.3.weight", ".dense.weight", ".logit.weight")) or bool(
         re.fullmatch(r"cls_head\.\d\.weight", name)
@@ -277,24 +287,34 @@ def _is_matrix(name: str) -> bool:
 
 
 HF_ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+HF_ATTENTION = {"relative_shift": "rel_shift", "factorized": "factorized"}
+
+
+def _counterpart(name: Any, key: str, table: dict[str, str]) -> str:
+    if not isinstance(name, str) or name not in table:
+        raise InputError(f"{key} {brief(repr(name))} has no counterpart here; the known ones are {', '.join(table)}.")
+    return table[name]
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json of transformers' Funnel (model_type "funnel")."""
     if hf.get("model_type") != "funnel":
         raise InputError(
-            f"expected a config of transformers' Funnel (model_type 'funnel'), got {hf.get('model_type')!r}."
+            f"expected a config of transformers' Funnel (model_type 'funnel'), got {brief(repr(hf.get('model_type')))}."
         )
-    activation = hf.get("hidden_act", "gelu_new")
-    if activation not in HF_ACTIVATIONS:
-        raise InputError(
-            f"hidden_act {activation!r} has no counterpart here; the known ones are {', '.join(HF_ACTIVATIONS)}."
-        )
+    activation = _counterpart(hf.get("hidden_act", "gelu_new"), "hidden_act", HF_ACTIVATIONS)
+    attn_type = _counterpart(hf.get("attention_type", "relative_shift"), "attention_type", HF_ATTENTION)
     sizes = hf.get("block_sizes", [4, 4, 4])
-    repeats = hf.get("block_repeats") or [1] * len(sizes)
+    repeats = hf.get("block_repeats") or ([1] * len(sizes) if isinstance(sizes, list) else [])
+    for key, counts in (("block_sizes", sizes), ("block_repeats", repeats)):
+        if not isinstance(counts, list) or not all(type(n) is int and n > 0 for n in counts):
+            raise InputError(f"{key} must be whole numbers above 0, as in [4, 4, 4]; got {brief(repr(counts))}.")
+    if len(sizes) != len(repeats):
+        raise InputError(f"block_sizes and block_repeats must be of one length; got {len(sizes)} and {len(repeats)}.")
     blocks = [f"{size}x{repeat}" if repeat > 1 else str(size) for size, repeat in zip(sizes, repeats, strict=True)]
     d_model = hf.get("d_model", 768)
-    labels = hf.get("id2label")
+    if not isinstance(labels := hf.get("id2label") or {}, dict):
+        raise InputError(f"id2label must name classes by their numbers; got {brief(repr(labels))}.")
     return ModelConfig(
         vocab_size=hf.get("vocab_size", 30522),
         d_embed=d_model,
@@ -306,13 +326,13 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         dropatt=hf.get("attention_dropout", 0.1),
         dropact=hf.get("activation_dropout", 0.0),
         block_size="_".join(blocks),
-        decoder_size=str(hf.get("num_decoder_layers", 2)),
+        decoder_size=hf.get("num_decoder_layers", 2),
         pooling_type=hf.get("pooling_type", "mean"),
         pool_q_only=hf.get("pool_q_only", True),
         separate_cls=hf.get("separate_cls", True),
         truncate_seq=hf.get("truncate_seq", True),
-        attn_type="rel_shift" if hf.get("attention_type", "relative_shift") == "relative_shift" else "factorized",
-        ff_activation=HF_ACTIVATIONS[activation],  # type: ignore[arg-type]
+        attn_type=attn_type,  # type: ignore[arg-type]
+        ff_activation=activation,  # type: ignore[arg-type]
         num_class=len(labels) if labels else 2,
     )
 
@@ -364,12 +384,12 @@ def from_hf(state: dict[str, Tensor], hf_config: dict[str, Any]) -> Parts:
         if theirs not in state:
             raise InputError(f"the checkpoint lacks {theirs}, which its config asks for. Is config.json its own?")
         used.add(theirs)
-        core[ours] = _from_linear(ours, state[theirs], config).contiguous()
+        core[ours] = _taken(ours, state[theirs], config)
     heads = {}
     for ours, theirs in HF_HEADS.items():
         if theirs in state:
             used.add(theirs)
-            heads[ours] = _from_linear(ours, state[theirs], config).contiguous()
+            heads[ours] = _taken(ours, state[theirs], config)
     if unknown := sorted(set(state) - used):
         raise InputError(
             f"the checkpoint holds {len(unknown)} tensors that belong to no known part (first {unknown[0]})."

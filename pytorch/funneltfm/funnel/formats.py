@@ -7,7 +7,6 @@ hf         config.json (model_type "funnel"), model.safetensors
 funneltfm  config.json (model_type "funnel_tfm"), model.safetensors; generator/ beside them
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funneltfm.errors import InputError
-from funneltfm.files import write_json
+from funneltfm.errors import InputError, brief
+from funneltfm.files import read_json, write_json
 from funneltfm.funnel import convert
-from funneltfm.funnel.checkpoints import config_beside, read_state
+from funneltfm.funnel.checkpoints import check_kind, config_beside, read_state
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.convert import Parts
 from funneltfm.funnel.model import FunnelTFM
@@ -42,7 +41,9 @@ def detect(path: Path) -> str:
     if (path / "config.json").is_file():
         kind = _json(path / "config.json").get("model_type")
         if kind not in ("funnel", "funnel_tfm"):
-            raise InputError(f"{path / 'config.json'} is of model_type {kind!r}; expected a Funnel-Transformer.")
+            raise InputError(
+                f"{path / 'config.json'} is of model_type {brief(repr(kind))}; expected a Funnel-Transformer."
+            )
         return "hf" if kind == "funnel" else "funneltfm"
     if any(path.glob("*.index")):
         return "tf"
@@ -56,10 +57,7 @@ def detect(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from error
+    value = read_json(path, "the config")
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object.")
     return value
@@ -80,7 +78,10 @@ def _fitted(core: dict[str, Tensor], config: ModelConfig, path: Path) -> ModelCo
         raise InputError(
             f"{path} {what} {wrong[0]} (and {len(wrong) - 1} more that do not fit). Is its config its own?"
         )
-    convert.check_shapes(core, config)
+    try:
+        convert.check_shapes(core, config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     return config
 
 
@@ -94,7 +95,7 @@ def read_pt(path: Path, config_path: Path | None, options: "Options") -> Parts:
     heads = {name: tensor for name, tensor in state.items() if name.startswith("cls_head.")}
     core = {name: tensor for name, tensor in state.items() if name not in heads}
     if "cls_head.3.bias" in heads:
-        config = replace(config, num_class=len(heads["cls_head.3.bias"]))
+        config = replace(config, num_class=heads["cls_head.3.bias"].numel())
     config = _fitted(core, config, path)
     if (folder / "heads.pt").is_file():
         heads |= read_state(folder / "heads.pt")
@@ -175,8 +176,11 @@ def _tensorflow(options: "Options", verb: str, *paths: Path) -> None:
 
 
 def read_hf(path: Path, config_path: Path | None, options: "Options") -> Parts:
-    config = _json(config_path or path / "config.json")
-    return convert.from_hf(_read_tensors(path), config)
+    config_path = config_path or path / "config.json"
+    try:
+        return convert.from_hf(_read_tensors(path), _json(config_path))
+    except InputError as error:
+        raise InputError(f"{config_path} or the tensors beside it: {error}") from error
 
 
 def write_hf(parts: Parts, folder: Path, options: "Options") -> None:
@@ -190,13 +194,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "model.safetensors"
     if not path.is_file():
         return read_state(folder / "pytorch_model.bin")
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}). Copy or download it again.") from error
+        state = load_file(path)
+    except Exception as error:  # a damaged header makes the reader raise almost anything
+        why = brief(str(error))
+        raise InputError(f"{path} is not a whole safetensors file ({why}). Copy or download it again.") from error
+    check_kind(state, path)
+    return state
 
 
 def _write_tensors(state: dict[str, Tensor], folder: Path) -> None:
@@ -300,6 +306,8 @@ def convert_checkpoint(
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]) and not overwrite:
         raise InputError(f"{target} exists and is not empty. Name another folder, or give --overwrite.")
     parts = FORMATS[kind].read(source, config_path, options)
+    if broken := [name for part in _parts(parts) for name, tensor in part.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{source} holds NaN or infinity in {len(broken)} tensors (first {broken[0]}).")
     report = [f"{source} ({kind}): {_describe(parts)}"]
     if parts.left:
         report.append(f"left out: {len(parts.left)} training variables ({_families(parts.left)})")
@@ -368,6 +376,11 @@ def _check_written(parts: Parts, again: Parts) -> None:
         for a, b in ((mine.core, read.core), (mine.heads, read.heads)):
             assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
             assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _parts(parts: Parts) -> list[dict[str, Tensor]]:
+    """Every dictionary of tensors."""
+    return [parts.core, parts.heads, *(_parts(parts.generator) if parts.generator else [])]
 
 
 def _describe(parts: Parts) -> str:

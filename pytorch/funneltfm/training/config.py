@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
-from funneltfm.errors import InputError
+import yaml
+
+from funneltfm.errors import InputError, brief
 from funneltfm.funnel.config import ModelConfig
 
 
@@ -227,7 +231,7 @@ def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
         if value not in kinds:
             raise InputError(f"{name} must be one of {', '.join(kinds)}; got {value!r}.")
         return value
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
         expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kinds[0]]
@@ -242,8 +246,9 @@ def _check(args: Args) -> None:
     for name in _NOT_NEGATIVE:
         if getattr(args, name) < 0:
             raise InputError(f"{name} must not be negative; got {getattr(args, name)}.")
-    if args.seed >= 2**32:
-        raise InputError(f"seed must be below 2^32; got {args.seed}.")
+    for name, value in args.flags().items():
+        if isinstance(value, int) and value >= (limit := 2**32 if name == "seed" else 2**31):
+            raise InputError(f"{name} must be below {limit}; got {value}.")
     if not 0 <= args.warmup_prop <= 1:
         raise InputError(f"warmup_prop must be between 0 and 1; got {args.warmup_prop}.")
     if args.min_lr > args.lr:
@@ -256,3 +261,22 @@ def _check(args: Args) -> None:
         raise InputError(f"distributed_port must be between 1 and 65535; got {args.distributed_port}.")
     if args.fp16 and args.bf16:
         raise InputError("fp16 and bf16 exclude each other; give one.")
+
+
+def read_yaml(path: str | os.PathLike[str], what: str, loader: str = "SafeLoader") -> Any:
+    """The content of a YAML file in which no key comes twice; else an InputError that says `what` it should be.
+
+    loader: "SafeLoader", or "BaseLoader" for values that all are text.
+    """
+
+    class EachKeyOnce(getattr(yaml, loader)):  # type: ignore[misc]
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=EachKeyOnce)
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {what} {path}: {brief(' '.join(str(error).split()), 1000)}") from error

@@ -1,12 +1,12 @@
 """The folder of a run: where it is, what is in it, and that nothing in it is lost by accident."""
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
+from funneltfm.files import read_json
 
 # What a run writes; `overwrite` removes these and nothing else.
 _FILES = ("config.yaml", "metrics.csv", "results.json", "log.txt")
@@ -119,5 +119,10 @@ def read_labels(ckpt: Path) -> tuple[str, ...] | None:
     path = ckpt.with_name("labels.json")
     if not path.is_file():
         return None
-    names = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(names) if names else None
+    names = read_json(path, "the class names")
+    if names is None:
+        return None
+    whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not whole or len(set(names)) < len(names):
+        raise InputError(f"{path} must hold the model's class names, each once, or null; got {brief(repr(names))}.")
+    return tuple(names)

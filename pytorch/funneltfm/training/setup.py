@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning
 import torch
-import yaml
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -24,7 +23,7 @@ from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.baselines import baselines
 from funneltfm.tasks.classification import Classification
 from funneltfm.training import ranks
-from funneltfm.training.config import MODEL_SKIP, Args, make_args
+from funneltfm.training.config import MODEL_SKIP, Args, make_args, read_yaml
 from funneltfm.training.optim import from_apex
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.rundir import RunDir, find_run, read_labels
@@ -102,11 +101,10 @@ def with_run_flags(args: Args) -> Args:
     dropped = {"resume", "overwrite"}
     if args.test_only:
         dropped |= {"init_ckpt", "init_ckpt_config", "distributed_world_size", "launcher"}
-    try:
-        saved = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
-        saved = {key: value for key, value in saved.items() if key not in dropped}
-    except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the flags of the run in {run_dir.config}: {error}.") from error
+    saved = read_yaml(run_dir.config, "the flags of the run in")
+    if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
+        raise InputError(f"{run_dir.config} must hold the flags of the run: `name: value` lines.")
+    saved = {key: value for key, value in saved.items() if key not in dropped}
     given = {name: getattr(args, name) for name in args.given}
     if args.resume:
         for key in sorted(args.given - _FREE_ON_RESUME):
@@ -115,7 +113,10 @@ def with_run_flags(args: Args) -> Args:
                     f"the run in {run_dir.root} was started with --{key}={saved[key]}, so it cannot go on with "
                     f"--{key}={given[key]}. Leave the flag out, or start another run."
                 )
-    merged = make_args(**(saved | given | {"model_dir": str(run_dir.root)}))
+    try:
+        merged = make_args(**(saved | given | {"model_dir": str(run_dir.root)}))
+    except InputError as error:
+        raise InputError(f"in {run_dir.config}: {error}") from error
     merged.given = args.given
     return merged
 
