@@ -7,4 +7,6 @@ for argument in "$@"; do
     if [ -e "$argument" ]; then exec "$ROOT/.venv/bin/python" -m pytest --rootdir "$ROOT" -c "$ROOT/pyproject.toml" "$@"; fi
 done
 cd "$ROOT"
-exec .venv/bin/python -m pytest "$@"
+# The files of tests are dealt to as many processes as there are cores, each with one thread.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"
