@@ -80,6 +80,7 @@ def stand_ins(copy: Path) -> None:
     tiny_checkpoint(copy / "exp/sample/run_1/best")
     text = {"tokenizer_type": "word_piece", "cased": False, "max_length": 32, "vocabulary": "vocab.uncased.txt"}
     (copy / "exp/sample/run_1/best/text_config.json").write_text(json.dumps(text))
+    (copy / "exp/sample/run_1/best/labels.json").write_text('["no", "yes"]')
     rows = [f"gj04\t{i % 2}\t\tSentence number {i}." for i in range(40)]
     (cola / "train.tsv").write_text("\n".join(rows) + "\n")
     (cola / "dev.tsv").write_text("\n".join(rows[:10]) + "\n")

@@ -90,7 +90,7 @@ def test_a_sentencepiece_vocabulary_is_refused_and_nothing_is_written(
         ("text_config.json", {"max_length": 0}, "must say tokenizer_type"),
         ("text_config.json", {"vocabulary": "none.txt"}, "there is no such file"),
         ("labels.json", '["a", "b", "c"]', "distinct names of 2 classes"),
-        ("labels.json", '["a", "a"]', "distinct names of 2 classes"),
+        ("labels.json", '["a", "a"]', "each once, or null"),
         ("labels.json", "null", "distinct names of 2 classes"),
         ("vocab.txt", "".join(f"{piece}\n" for piece in [*PIECES, "more"]), "has 14 pieces, but the model knows 13"),
     ],
