@@ -137,7 +137,7 @@ def _results(
     for split, values in logits.items():
         if data.splits[split].labelled:
             results[split] = data.task.score(values, data.splits[split].labels)
-    if args.baselines:
+    if args.baselines and ranks.is_main():
         results["baselines"] = score_baselines(args, data)
     return results
 
