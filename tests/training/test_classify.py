@@ -757,6 +757,70 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert same_state(state_of(root), state_of(whole))
 
 
+@pytest.mark.parametrize("step", [9, 15])  # the best of five validations comes after step 11
+def test_a_run_whose_folder_has_moved_knows_its_best(
+    step: int, uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = uninterrupted
+    with monkeypatch.context() as patch:
+        cut_at(patch, step)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    classify(model_dir=str(tmp_path / "there"), resume=True)
+    assert_same_run(tmp_path / "there", whole)
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_signal_during_the_last_save_counts(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = uninterrupted
+    root, save = tmp_path / "run", engine.SaveRun._save
+
+    def struck(self, trainer, leaves):
+        save(self, trainer, leaves)
+        if trainer.global_step == 18:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.SaveRun, "_save", struck)
+        with pytest.raises(Stopped, match="Saved after step 18"):
+            classify(**flags, model_dir=str(root))
+    classify(model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_training_ends_the_run_as_signals_do(
+    signum: int, uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, flags = uninterrupted
+    root, step = tmp_path / "run", engine.Pipeline.test_step
+    came: list[int] = []
+
+    def struck(self, batch, batch_idx):
+        os.kill(os.getpid(), signum)
+        return step(self, batch, batch_idx)
+
+    def by_default(number: int, frame: Any) -> None:
+        came.append(number)
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Pipeline, "test_step", struck)
+        before = signal.signal(signal.SIGTERM, by_default)  # the default would end the tests
+        try:
+            with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else PowerCut):
+                classify(**flags, model_dir=str(root))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert came == [signum] * (signum == signal.SIGTERM)
+    assert not (root / "results.json").exists()
+    classify(model_dir=str(root), resume=True)
+    assert_same_run(root, whole)
+
+
 def test_a_second_ctrl_c_leaves_at_once(
     uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

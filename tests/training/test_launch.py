@@ -20,7 +20,7 @@ import torch
 from funneltfm.errors import InputError
 from funneltfm.training.classify import classify
 from funneltfm.training.config import make_args
-from funneltfm.training.setup import choose_devices, make_trainer
+from funneltfm.training.setup import choose_devices
 
 pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).resolve().parents[2] / "pytorch"
@@ -128,9 +128,13 @@ CLASSIFY = [sys.executable, "-m", "funneltfm", "classify"]
 
 
 def test_from_python(flags: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)]
+    env = dict(os.environ)
     results = classify(**flags, train_bsz=2, model_dir=str(tmp_path / "run"), distributed_world_size=2)
     assert results == results_of(tmp_path / "run")
     assert_same_run(tmp_path / "run", alone)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)] == handlers
+    assert dict(os.environ) == env
     again = classify(resume=True, model_dir=str(tmp_path / "run"))  # in as many processes as before
     assert again["processes"] == 2
     assert again["valid"] == results["valid"]
@@ -254,7 +258,7 @@ def test_launcher_killed_leaves_no_orphans(flags: dict[str, Any], tmp_path: Path
     process.communicate()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_save_and_end_all(flags: dict[str, Any], tmp_path: Path, signum: int) -> None:
     """Of the launcher, which tells the others."""
     root = tmp_path / "run"
@@ -286,6 +290,25 @@ def test_a_process_that_raises_ends_all_with_its_traceback(flags: dict[str, Any]
     assert process.returncode == 1
     assert "ZeroDivisionError: in one process alone" in output, output
     assert no_orphans(tmp_path / "run")
+
+
+def test_every_process_has_its_own_dropout(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Lightning would give all processes the seed of the first."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import torch\n"
+        "    from funneltfm.training.pipeline import Pipeline\n"
+        "    def on_train_start(self):\n"
+        "        print('seed of rank', os.environ['RANK'], torch.initial_seed(), flush=True)\n"
+        "    Pipeline.on_train_start = on_train_start\n"
+    )
+    run = [*CLASSIFY, *words_of(flags), f"--model_dir={tmp_path / 'run'}", "--distributed_world_size=2"]
+    process = start([*run, "--train_bsz=2"], PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCE}")
+    output = end(process)
+    assert process.returncode == 0, output
+    assert "seed of rank 0 1\n" in output, output
+    assert "seed of rank 1 2\n" in output, output
 
 
 def test_errors_before_anything_is_started(flags: dict[str, Any], tmp_path: Path) -> None:
@@ -322,33 +345,3 @@ def test_a_launcher_with_another_number_of_processes(flags: dict[str, Any], monk
 def test_devices_that_are_not_there(more: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         choose_devices(make_args(**more))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_sharding_strategies_need_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("funneltfm.training.ranks.size", lambda: 2)
-    with pytest.raises(InputError, match="--strategy=fsdp needs GPUs"):
-        choose_devices(make_args(strategy="fsdp"))
-
-
-def test_strategies_are_lightnings_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are checked, and precision levels that only DDP has are refused, before Lightning sees them."""
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr("funneltfm.training.ranks.size", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("funneltfm.training.setup.torch.cuda.set_device", lambda index: seen.update(index=index))
-    monkeypatch.setattr("lightning.Trainer", lambda **kwargs: seen.update(kwargs))
-    monkeypatch.setattr("funneltfm.training.setup.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("funneltfm.training.setup.torch.cuda.device_count", lambda: 2)
-
-    def trainer(**flags: Any) -> None:
-        args = make_args(**flags)
-        make_trainer(args, choose_devices(args))
-
-    trainer(strategy="fsdp", bf16=True, amp_opt="O1")
-    assert (seen["strategy"], seen["precision"], seen["devices"], seen["index"]) == ("fsdp", "bf16-mixed", 2, 1)
-    with pytest.raises(InputError, match="takes --amp_opt=O1; O2 is for ddp"):
-        trainer(strategy="deepspeed_stage_2", fp16=True)
-    with pytest.raises(InputError, match="strategy 'magic' is none of"):
-        trainer(strategy="magic")

@@ -111,3 +111,20 @@ def test_labels_beside_a_model(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "model.pt") == ("no", "yes, but")
     path.write_text("null", encoding="utf-8")  # regression
     assert read_labels(tmp_path / "model.pt") is None
+
+
+def test_sweep_removes_leftovers_of_this_run_alone(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    mine = [
+        tmp_path / ".metrics.17.tmp.csv",
+        tmp_path / "checkpoints" / ".next.17.tmp.ckpt",
+        tmp_path / "best/.model.9.tmp.pt",
+    ]
+    others = [tmp_path / ".vimrc.tmp", tmp_path / "notes" / ".text.3.tmp", tmp_path / "checkpoints" / "last.ckpt"]
+    for path in (*mine, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    (tmp_path / ".folder.5.tmp").mkdir()
+    run.sweep()
+    assert not any(path.exists() for path in mine)
+    assert all(path.exists() for path in others)

@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import numpy as np
 from lightning import Callback
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from tqdm import tqdm
 
 from funneltfm.errors import InputError
@@ -138,6 +138,10 @@ class History(Callback):
         self.examples += sum(examples for _, examples in gathered)
         self._own, self._own_examples = [], 0
 
+    def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._check_losses()  # before the validation says that something is wrong, but not since when
+
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._tick = 0.0
         if trainer.state.fn == "fit":
@@ -169,6 +173,18 @@ class History(Callback):
         self.rows = state["rows"]
         self.train_seconds, self.examples = state["train_seconds"], state["examples"]
         self._losses, self._since = state["losses"], tuple(state["since"])
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Knows its best also after the run's folder has moved; Lightning's own would forget it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
+
+        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})
 
 
 class Leave(Exception):
@@ -203,10 +219,10 @@ class SaveRun(Checkpoint):
         finally:
             if threading.current_thread() is threading.main_thread():
                 for signum, handler in before.items():
-                    signal.signal(signum, handler)
+                    if handler is not None:  # one that was not set from Python cannot be put back
+                        signal.signal(signum, handler)
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        # After Lightning's own handlers, which would end the run without saving.
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(signum, self._on_signal)
@@ -242,7 +258,14 @@ class SaveRun(Checkpoint):
                 os.replace(last, previous)
             os.replace(new, last)
         if leaves:
-            ranks.fail(Leave(max(ranks.gather(self.signum)), trainer.global_step))
+            self._leave(trainer.global_step)
+
+    def leave_if_asked(self, step: int) -> None:
+        if ranks.any_rank(self.signum > 0):
+            self._leave(step)
+
+    def _leave(self, step: int) -> NoReturn:
+        ranks.fail(Leave(max(ranks.gather(self.signum)), step))
 
 
 class Progress(Callback):

@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ import lightning
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from funneltfm.data.batching import Collator, RunLoader, eval_loader
 from funneltfm.errors import InputError, Stopped
@@ -25,7 +25,7 @@ from funneltfm.files import atomic_path, write_json, write_text
 from funneltfm.funnel.checkpoints import save_checkpoint
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.training import plots, ranks
-from funneltfm.training.callbacks import History, Leave, Progress, SaveRun, ValidateAt, validation_steps
+from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun, ValidateAt, validation_steps
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, make_args
 from funneltfm.training.launch import start_here, start_on_ray
@@ -87,14 +87,16 @@ def _run(args: Args) -> dict[str, Any]:
     run_dir = ranks.main_decides(find)
     resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable)) if args.resume else None
     lightning.seed_everything(args.seed, verbose=False)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # to which Lightning's strategies would put every process back
     model = ranks.main_first(lambda: make_model(args, data, run_dir))
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     model.gradient_checkpointing = args.gradient_checkpointing
     warn_of_diverging(args, model.net_config)
     if ranks.is_main():
-        run_dir.sweep()
-        if args.overwrite and not goes_on(args):
+        if args.resume:
+            run_dir.sweep()
+        elif args.overwrite and not goes_on(args):
             run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
     with _log_file(args, run_dir), _quiet():
         n_param = sum(p.numel() for p in model.parameters())
@@ -202,7 +204,7 @@ def _train(
     pipeline = Pipeline(model, data.task, args, total, data.valid)
     validations = validation_steps(total, args.n_valid)
     history = History(run_dir.metrics, per_epoch, max(1, per_epoch // args.n_log_epoch), main, train.ids)
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         dirpath=run_dir.checkpoints,
         filename="best",
         monitor=main,
@@ -226,6 +228,7 @@ def _train(
     try:
         with save.listening():
             trainer.fit(pipeline, train_loader, valid_loaders, ckpt_path=resume_from, weights_only=True)
+            save.leave_if_asked(total)  # by a signal that came while the last checkpoint was written
     except Leave as leave:
         hint = f"Saved after step {leave.step}; go on with --resume --model_dir={run_dir.root}"
         raise Stopped(leave.signum, hint) from None
@@ -265,7 +268,10 @@ def predict(model: FunnelTFM, data: Data, split: str, args: Args, devices: Devic
     own: Any = {"rank": ranks.rank(), "ranks": ranks.size(), "num_workers": args.num_workers}
     loader = eval_loader(data.splits[split], _collator(args, model), batch_size, **own)
     pipeline = Pipeline(model, data.task, args, 0, ())
-    make_trainer(args, devices, enable_checkpointing=False).test(pipeline, loader, verbose=False)
+    try:
+        make_trainer(args, devices, enable_checkpointing=False).test(pipeline, loader, verbose=False)
+    except SystemExit:  # how Lightning leaves after a KeyboardInterrupt
+        raise KeyboardInterrupt("Training is saved; --resume goes on with what comes after it.") from None
     logits = pipeline.predictions
     if len(logits) != len(data.splits[split]):
         raise RuntimeError(f"{len(logits)} predictions for the {len(data.splits[split])} examples of {split}")

@@ -168,10 +168,6 @@ class DeviceFlags:
     """How GPUs talk to each other; CPUs always use gloo."""
     ddp_backend: Literal["apex", "pytorch"] = "pytorch"
     """Data parallelism of PyTorch, or that of apex (and its fused optimizer) where the installed apex has them."""
-    strategy: str = "ddp"
-    """How several processes share the work: ddp, or on GPUs any other strategy of Lightning (fsdp, deepspeed_stage_2,
-    ...).
-    """
     launcher: Literal["local", "ray"] = "local"
     """Who starts the processes: this machine, or the Ray cluster at RAY_ADDRESS (a local one where there is none)."""
     log_all_processes: bool = False

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from funneltfm.training.ranks import LAUNCHER
 
 # Where this package is, for processes that may not have it installed.
 _ROOT = str(Path(__file__).resolve().parents[2])
+# What the launcher passes on to the processes.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def _flags(args: Args, model_dir: Path) -> dict[str, Any]:
@@ -38,7 +41,8 @@ def start_here(args: Args, model_dir: Path) -> None:
     n = args.distributed_world_size
     words = [f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below, in one line
-    env = {"PYTHONPATH": _python_path(), LAUNCHER: str(os.getpid())}
+    # Two minutes for saving, when a signal asks to stop.
+    env = {"PYTHONPATH": _python_path(), LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     if "OMP_NUM_THREADS" not in os.environ:  # as many threads in all as one process would have
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n))
     port = args.distributed_port if "distributed_port" in args.given else 0
@@ -51,8 +55,10 @@ def start_here(args: Args, model_dir: Path) -> None:
         local_addr="127.0.0.1",
         max_restarts=0,
         run_id=uuid.uuid4().hex,
+        signals_to_handle=",".join(signum.name for signum in _SIGNALS),
     )
-    had = {name: os.environ.get(name) for name in env}
+    had = {name: os.environ.get(name) for name in (*env, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
+    handlers = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     os.environ.update(env)
     try:
         elastic_launch(config, sys.executable)("-m", "funneltfm", "classify", *words)
@@ -66,6 +72,10 @@ def start_here(args: Args, model_dir: Path) -> None:
     except SignalException as error:
         raise Stopped(error.sigval) from None
     finally:
+        if threading.current_thread() is threading.main_thread():  # torch leaves its own handlers behind
+            for known, handler in handlers.items():
+                if handler is not None:
+                    signal.signal(known, handler)
         for name, value in had.items():
             if value is None:
                 os.environ.pop(name, None)

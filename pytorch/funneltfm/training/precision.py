@@ -68,6 +68,7 @@ class AmpPrecision(Precision):
         scaling = self.meaning.scaling and dtype == torch.float16
         self.scaler = torch.amp.GradScaler(device) if scaling else None
         self.skipped = 0
+        self._scale = 0.0 if self.scaler is None else self.scaler.get_scale()
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
 
     def __str__(self) -> str:
@@ -130,16 +131,16 @@ class AmpPrecision(Precision):
             self.scaler.unscale_(optimizer)
             self._after_closure(model, optimizer)  # clips
             self.scaler.step(optimizer, **kwargs)
-            scale = self.scaler.get_scale()
             self.scaler.update()
-            self._count_skipped(scale)
+            self._count_skipped()
         self._to_weights()
         return result
 
-    def _count_skipped(self, before: float) -> None:
+    def _count_skipped(self) -> None:
         assert self.scaler is not None
         scale = self.scaler.get_scale()
-        self.skipped += scale < before
+        self.skipped += scale < self._scale
+        self._scale = scale
         if scale < _MIN_SCALE:
             ranks.fail(
                 InputError(
@@ -186,4 +187,5 @@ class AmpPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.scaler is not None and state_dict:
             self.scaler.load_state_dict(state_dict["scaler"])
+            self._scale = self.scaler.get_scale()
             self.skipped = state_dict["skipped"]

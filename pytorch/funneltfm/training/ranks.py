@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -173,7 +174,7 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
     if place is None or (dist.is_available() and dist.is_initialized()):
         yield
         return
-    os.environ |= {
+    env = {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),
         "LOCAL_RANK": str(place.local_rank),
@@ -182,11 +183,14 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
         "MASTER_ADDR": place.address,
         "MASTER_PORT": str(place.port),
     }
+    had = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
     if backend == "nccl":
         backend = "cpu:gloo,cuda:nccl"  # objects and votes travel over gloo and keep no GPU waiting
     if dist.is_torchelastic_launched():
         _end_with(int(os.environ.get(LAUNCHER, os.getppid())))
-    dist.init_process_group(backend, rank=place.rank, world_size=place.size)
+    # A process may wait for long while the main one encodes a large set; one that is gone is noticed at once.
+    dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(days=1))
     try:
         yield
         dist.barrier()  # the store lives in the main process: none leaves before all are done
@@ -198,6 +202,9 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
         raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
+        for name, value in had.items():
+            if value is None:
+                del os.environ[name]
 
 
 def _end_with(parent: int) -> None:

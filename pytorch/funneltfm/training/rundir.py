@@ -80,9 +80,11 @@ class RunDir:
         return any(path.exists() for path in (self.metrics, self.results, self.checkpoints, self.model.parent))
 
     def sweep(self) -> None:
-        """Remove what a run that was killed while it wrote has left."""
-        for path in self.root.glob("**/.*.tmp*"):
-            path.unlink(missing_ok=True)
+        """Remove what this run has left where it was killed while it wrote."""
+        for folder in (self.root, *(self.root / name for name in _FOLDERS)):
+            for path in folder.glob(".*.tmp*"):
+                if path.is_file() and re.search(r"\.\d+\.tmp(\.|$)", path.name):
+                    path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         for name in _FILES:

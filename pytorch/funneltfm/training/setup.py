@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from funneltfm.data.encoding import EncodedSplit, EncodingConfig, load_split
@@ -320,8 +320,6 @@ def choose_devices(args: Args) -> Devices:
         )
     if "distributed_backend" in args.given and args.distributed_backend == "nccl" and kind != "cuda":
         raise InputError("--distributed_backend=nccl needs GPUs; leave it out.")
-    if ranks.size() > 1 and args.strategy != "ddp" and kind != "cuda":
-        raise InputError(f"--strategy={args.strategy} needs GPUs; on the {kind} there is ddp.")
     level = args.amp_opt if args.fp16 or args.bf16 else None
     return Devices(kind, args.device_id, level, torch.bfloat16 if args.bf16 else torch.float16)
 
@@ -341,7 +339,7 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
     precision = devices.plugin()
     one: Any = [devices.index] if devices.accelerator == "cuda" else 1
     if ranks.size() > 1:
-        kwargs["strategy"] = _strategy(args, devices)
+        kwargs["strategy"] = _strategy(args)
         if args.launcher == "ray":  # which has started this process and gives it its device
             from ray.train.lightning import RayLightningEnvironment
 
@@ -350,14 +348,10 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
             kwargs["num_nodes"] = ranks.size() // ranks.local_size()
             kwargs["devices"] = one if ranks.local_size() == 1 else ranks.local_size()
             plugins = [*plugins, TorchElasticEnvironment()]  # ranks.joined has put everything into the environment
-        if args.strategy != "ddp" and precision is not None:
-            if devices.level != "O1":
-                raise InputError(f"--strategy={args.strategy} takes --amp_opt=O1; {devices.level} is for ddp.")
-            kwargs["precision"] = "bf16-mixed" if devices.dtype == torch.bfloat16 else "16-mixed"
-            precision = None
     else:
         kwargs["devices"] = one
-    return lightning.Trainer(
+        plugins = [*plugins, LightningEnvironment()]  # one process is one process, on SLURM too
+    trainer = lightning.Trainer(
         accelerator=devices.accelerator,
         plugins=[*plugins, *([precision] if precision else [])],
         logger=False,
@@ -367,20 +361,18 @@ def make_trainer(args: Args, devices: Devices, **kwargs: Any) -> lightning.Train
         num_sanity_val_steps=0,
         **kwargs,
     )
+    # Lightning's own handlers would end a run without saving, or talk to other processes out of turn: see SaveRun.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
-def _strategy(args: Args, devices: Devices) -> Any:
-    if args.strategy != "ddp":
-        from lightning.pytorch.strategies import StrategyRegistry
-
-        if args.strategy not in StrategyRegistry:
-            raise InputError(
-                f"strategy {args.strategy!r} is none of {', '.join(StrategyRegistry.available_strategies())}."
-            )
-        return args.strategy
+def _strategy(args: Args) -> Any:
     if args.ddp_backend == "apex" and (apex_ddp := from_apex("parallel.DistributedDataParallel", "torch's own DDP")):
 
         class ApexStrategy(DDPStrategy):
+            def _register_ddp_hooks(self) -> None:
+                """apex has none."""
+
             def _setup_model(self, model: torch.nn.Module) -> Any:
                 return apex_ddp(model)
 
