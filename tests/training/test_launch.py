@@ -69,6 +69,12 @@ def start(command: list[str], **env: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def start_patched(flags: dict[str, Any], folder: Path) -> subprocess.Popen:
+    """Two processes that import the folder's sitecustomize.py before anything else."""
+    run = [*CLASSIFY, *words_of(flags), f"--model_dir={folder / 'run'}", "--distributed_world_size=2"]
+    return start([*run, "--train_bsz=2"], PYTHONPATH=f"{folder}{os.pathsep}{SOURCE}")
+
+
 def end(process: subprocess.Popen) -> str:
     """The output of a process that should be at its end soon."""
     try:
@@ -284,8 +290,7 @@ def test_a_process_that_raises_ends_all_with_its_traceback(flags: dict[str, Any]
         "        return whole(self, batch, batch_idx)\n"
         "    Pipeline.training_step = training_step\n"
     )
-    run = [*CLASSIFY, *words_of(flags), f"--model_dir={tmp_path / 'run'}", "--distributed_world_size=2"]
-    process = start([*run, "--train_bsz=2"], PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCE}")
+    process = start_patched(flags, tmp_path)
     output = end(process)
     assert process.returncode == 1
     assert "ZeroDivisionError: in one process alone" in output, output
@@ -303,8 +308,7 @@ def test_every_process_has_its_own_dropout(flags: dict[str, Any], tmp_path: Path
         f"        open({str(tmp_path)!r} + '/seed' + os.environ['RANK'], 'w').write(str(torch.initial_seed()))\n"
         "    Pipeline.on_train_start = on_train_start\n"
     )
-    run = [*CLASSIFY, *words_of(flags), f"--model_dir={tmp_path / 'run'}", "--distributed_world_size=2"]
-    process = start([*run, "--train_bsz=2"], PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCE}")
+    process = start_patched(flags, tmp_path)
     output = end(process)
     assert process.returncode == 0, output
     assert [(tmp_path / f"seed{rank}").read_text() for rank in (0, 1)] == ["1", "2"]

@@ -29,6 +29,7 @@ from funneltfm.funnel.config import ModelConfig, canonical_length
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.classification import Classification
 from funneltfm.training.config import Args, make_args
+from funneltfm.training.launch import python_path
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.setup import Devices, choose_devices, make_trainer
 
@@ -159,13 +160,12 @@ def in_new_process(case: Case, batch_size: int, limit: int) -> int | None:
     (and the process was ended at once).
     """
     words = {"config": case.config.to_dict(), "length": case.length, "flags": dict(case.flags)}
-    root = str(Path(__file__).resolve().parents[2])  # where this package is, which may not be installed
     done = subprocess.run(
         [sys.executable, "-m", "funneltfm.training.batch_size"],
         input=json.dumps(words | {"batch_size": batch_size, "limit": limit}),
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))},
+        env=os.environ | {"PYTHONPATH": python_path()},
     )
     if done.returncode == _TOO_LARGE:
         return None

@@ -26,6 +26,8 @@ from funneltfm.training.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
+_ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class ValidateAt(Callback):
     """Validate after exactly these steps (1-based), whatever the length of an epoch."""
@@ -212,8 +214,7 @@ class SaveRun(Checkpoint):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Put the handlers of signals back at the end."""
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {signum: signal.getsignal(signum) for signum in signals}
+        before = {signum: signal.getsignal(signum) for signum in _ASK_TO_STOP}
         try:
             yield
         finally:
@@ -224,7 +225,7 @@ class SaveRun(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for signum in _ASK_TO_STOP:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:

@@ -25,7 +25,8 @@ def _flags(args: Args, model_dir: Path) -> dict[str, Any]:
     return given | {"model_dir": str(model_dir), "distributed_world_size": args.distributed_world_size}
 
 
-def _python_path() -> str:
+def python_path() -> str:
+    """PYTHONPATH of a new process."""
     return os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
 
@@ -42,7 +43,7 @@ def start_here(args: Args, model_dir: Path) -> None:
     words = [f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below, in one line
     # Two minutes for saving, when a signal asks to stop.
-    env = {"PYTHONPATH": _python_path(), LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    env = {"PYTHONPATH": python_path(), LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     if "OMP_NUM_THREADS" not in os.environ:  # as many threads in all as one process would have
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n))
     port = args.distributed_port if "distributed_port" in args.given else 0
@@ -95,7 +96,7 @@ def start_on_ray(args: Args, model_dir: Path) -> None:
         raise InputError(f"--launcher=ray needs Ray ({error}): pip install 'funneltfm[ray]'.") from error
 
     if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, log_to_driver=True)
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, log_to_driver=True)
     use_gpu = args.device_id >= 0 and ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
         _on_ray,
