@@ -9,8 +9,8 @@ from typing import Any
 from funneltfm.cli.flags import BadFlag, FlagParser
 from funneltfm.errors import InputError
 from funneltfm.files import write_json
-from funneltfm.funnel.config import ModelConfig, model_size
-from funneltfm.training.config import DeviceFlags, TrainFlags
+from funneltfm.funnel.config import ModelConfig
+from funneltfm.training.config import DeviceFlags, TrainFlags, size_beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,7 @@ def _models(flags: dict[str, Any], given: frozenset[str]) -> dict[str, ModelConf
     else:
         configs = []
         for name in flags["model_size"].split(","):
-            size = model_size(name.strip())
-            if clash := [key for key in sorted(size.keys() & keys.keys()) if keys[key] != size[key]]:
-                raise InputError(
-                    f"--model_size={name} sets {clash[0]} to {size[clash[0]]}, but --{clash[0]}={keys[clash[0]]} was "
-                    "given too."
-                )
+            size_beside(name.strip(), keys)
             configs.append(ModelConfig.from_size(name.strip(), **keys))
     return {f"B{config.block_size.replace('_', '-')}H{config.d_model}": config for config in configs}
 

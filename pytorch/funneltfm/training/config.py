@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from funneltfm.errors import InputError, brief
-from funneltfm.funnel.config import ModelConfig
+from funneltfm.funnel.config import ModelConfig, model_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +218,17 @@ def make_args(**flags: Any) -> Args:
     args.given = frozenset(flags)
     _check(args)
     return args
+
+
+def size_beside(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What `--model_size=NAME` sets; an InputError where a flag that was given says otherwise."""
+    size = model_size(name)
+    if clash := [key for key in sorted(size.keys() & given.keys()) if given[key] != size[key]]:
+        raise InputError(
+            f"--model_size={name} sets {clash[0]} to {size[clash[0]]}, but --{clash[0]}={given[clash[0]]} was given "
+            "too."
+        )
+    return size
 
 
 def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:

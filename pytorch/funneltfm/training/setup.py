@@ -18,12 +18,12 @@ from funneltfm.data.tokenization import Tokenizer, get_tokenizer
 from funneltfm.errors import InputError
 from funneltfm.files import existing_file
 from funneltfm.funnel.checkpoints import config_beside, load_checkpoint
-from funneltfm.funnel.config import ModelConfig, model_size
+from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.baselines import baselines
 from funneltfm.tasks.classification import Classification
 from funneltfm.training import ranks
-from funneltfm.training.config import MODEL_SKIP, Args, make_args, read_yaml
+from funneltfm.training.config import MODEL_SKIP, Args, make_args, read_yaml, size_beside
 from funneltfm.training.optim import from_apex
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.rundir import RunDir, find_run, read_labels
@@ -192,13 +192,7 @@ def _net_config(args: Args, data: Data, config_path: Path | None) -> ModelConfig
     flags = {name: getattr(args, name) for name in ModelConfig.names() if name not in MODEL_SKIP}
     flags["vocab_size"] = args.vocab_size or data.tokenizer.vocab_size
     if args.model_size:
-        size = model_size(args.model_size)
-        if clash := [key for key in sorted(size.keys() & args.given) if getattr(args, key) != size[key]]:
-            raise InputError(
-                f"--model_size={args.model_size} sets {clash[0]} to {size[clash[0]]}, but "
-                f"--{clash[0]}={getattr(args, clash[0])} was given too."
-            )
-        flags |= size
+        flags |= size_beside(args.model_size, {name: flags[name] for name in args.given & flags.keys()})
     source = Args(**flags, overwrite_keys=args.overwrite_keys)
     if config_path is None:
         config = ModelConfig.init_from_args(source)
