@@ -1,13 +1,14 @@
 """Dataclass fields as flags: spellings of booleans, YAML files, what was given, what is said of a mistake."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from funneltfm.cli.flags import BadFlag, FlagParser, attribute_docs
-from funneltfm.training.config import GROUPS, flag_fields, make_args
+from funneltfm.errors import InputError
+from funneltfm.training.config import GROUPS, flag_fields, make_args, typed_args
 
 
 @dataclass(frozen=True)
@@ -255,3 +256,65 @@ def test_every_flag_of_classify_has_a_help_text_and_a_type() -> None:
     flags, given = classify.parse([])
     assert {name: flags[name] for name in classify.flag_names} == make_args().flags()
     assert given == frozenset()
+
+
+# ---- flags with several values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    columns: tuple[str, ...] = ("text",)
+    """Columns."""
+    betas: tuple[float, ...] | None = None
+    """Two numbers."""
+    every: int | float | None = None
+    """Steps, or a share."""
+    k: int = field(default=2, metadata={"alias": "-k"})
+    """Neighbours."""
+
+
+def lists(*words):
+    parser = FlagParser([("Lists", Lists, ())], prog="test")
+    flags, given = parser.parse(words)
+    return flags, given
+
+
+def test_a_flag_of_several_values():
+    flags, given = lists("--columns", "question", "*answers", "+a:b", "--betas", ".9", "-.001")
+    assert flags == {"columns": ("question", "*answers", "+a:b"), "betas": (0.9, -0.001), "every": None, "k": 2}
+    assert given == {"columns", "betas"}
+    assert lists("--columns=one")[0]["columns"] == ("one",)
+    assert lists("-k", "5")[0]["k"] == lists("--k=5")[0]["k"] == 5
+    for words in (["--columns"], ["--betas", ".9", "x"], ["--betas"]):
+        with pytest.raises(BadFlag):
+            lists(*words)
+
+
+def test_a_whole_number_and_a_share_stay_apart():
+    assert [type(lists(f"--every={text}")[0]["every"]) for text in ("1", "1.0", "0.25")] == [int, float, float]
+
+
+def test_lists_in_a_config_file(tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_text("columns: [a, '#5', '-x']\nbetas: [.9, -0.5]\nk: 3\n")
+    flags, given = lists("--config", str(path))
+    assert flags["columns"] == ("a", "#5", "-x")
+    assert flags["betas"] == (0.9, -0.5)
+    assert given == {"columns", "betas", "k"}
+    assert lists("--config", str(path), "--columns", "b")[0]["columns"] == ("b",)
+    path.write_text("columns: alone\n")
+    assert lists("--config", str(path))[0]["columns"] == ("alone",)
+    for text in ("betas: [.9, x]", "k: [1, 2]", "columns: [[a]]", "columns: []", "columns: {a: b}"):
+        path.write_text(text)
+        with pytest.raises(BadFlag, match=r"flags\.yaml"):
+            lists("--config", str(path))
+
+
+def test_values_given_from_python():
+    args = typed_args([("Lists", Lists, ())], "test", {"columns": ["a", "b"], "betas": (1, 0.5), "every": 2})
+    assert (args.columns, args.betas, args.every) == (("a", "b"), (1.0, 0.5), 2)
+    assert type(args.every) is int
+    assert args.flags() == {"columns": ("a", "b"), "betas": (1.0, 0.5), "every": 2, "k": 2}
+    for bad in ({"columns": "a"}, {"columns": ()}, {"betas": [1, "x"]}, {"every": "2"}, {"columns": None}, {"x": 1}):
+        with pytest.raises(InputError):
+            typed_args([("Lists", Lists, ())], "test", bad)

@@ -9,16 +9,14 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import docstring_parser
 
 from funneltfm.errors import InputError, brief
-from funneltfm.training.config import read_yaml
-
-Group = tuple[str, type, tuple[str, ...]]
+from funneltfm.training.config import Group, item_type, read_yaml
 
 _BOOL = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -27,8 +25,9 @@ class FlagParser(argparse.ArgumentParser):
     """A parser of flat flags made from dataclasses.
 
     groups: (title, dataclass, names to leave out). A field's attribute docstring is its help, its default the flag's.
-    bool fields take `--name`, `--name=true|false` or `--no_name`. With config_file, `--config file.yaml` gives flags
-    too; those on the command line win.
+    bool fields take `--name`, `--name=true|false` or `--no_name`; tuple[T, ...] fields take several values, and lists
+    in files; a field's metadata may name a second way to write it, {"alias": "-k"}. With config_file, `--config
+    file.yaml` gives flags too; those on the command line win.
     """
 
     debug = False  # of the last command line that was parsed: whether errors show their traceback
@@ -36,6 +35,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, groups: Sequence[Group], config_file: bool = True, **kwargs: Any):
         super().__init__(allow_abbrev=False, **({"usage": f"{kwargs['prog']} [flags]"} | kwargs))
         self.defaults: dict[str, Any] = {}
+        self._item_readers: dict[str, Callable[[str], Any]] = {}  # of flags that take several values
         self._switches: set[str] = set()
         if config_file:
             text = "YAML file of flags; those on the command line win"
@@ -51,22 +51,26 @@ class FlagParser(argparse.ArgumentParser):
         name = field.name.rstrip("_")  # from_: a field's name must not be a keyword
         self.defaults[name] = field.default
         shown = str(field.default).lower() if field.type is bool or field.default is None else field.default
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
         text += f" (default: {shown if shown != '' else 'none'})"
         # Absent unless given: this is how we know which flags were.
         common: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
-        if field.type is bool:
+        names = [f"--{name}", *filter(None, [field.metadata.get("alias")])]
+        if (item := item_type(field.type)) is not None:
+            read, metavar = _reader([item])
+            self._item_readers[name] = read
+            group.add_argument(*names, nargs="+", type=read, metavar=metavar, **common)
+        elif field.type is bool:
             self._switches |= {f"--{name}", f"--no_{name}"}
             group.add_argument(f"--{name}", type=_bool, nargs="?", const=True, metavar="true|false", **common)
             hidden = common | {"help": argparse.SUPPRESS}
             group.add_argument(f"--no_{name}", action="store_false", **hidden)
         elif get_origin(field.type) is Literal:
-            group.add_argument(f"--{name}", choices=kinds, **common)
+            group.add_argument(*names, choices=kinds, **common)
         else:
-            kind = kinds[0] if kinds else field.type
-            metavar = {int: "N", float: "X"}.get(kind, "TEXT")  # type: ignore[arg-type]
-            read = {int: _whole_number, float: _number}.get(kind, kind)  # type: ignore[arg-type]
-            group.add_argument(f"--{name}", type=read, metavar=metavar, **common)
+            read, metavar = _reader(kinds or [field.type])
+            group.add_argument(*names, type=read, metavar=metavar, **common)
 
     @property
     def flag_names(self) -> list[str]:
@@ -78,7 +82,7 @@ class FlagParser(argparse.ArgumentParser):
         A flag in a config file that says what is the default anyway does not count as given.
         """
         argv = self._separate_switches(argv)
-        on_line = vars(self.parse_args(argv))
+        on_line = self._values(argv)
         in_file: dict[str, Any] = {}
         for path in on_line.pop("config", None) or ():
             in_file |= self._read_config(Path(path))
@@ -86,6 +90,10 @@ class FlagParser(argparse.ArgumentParser):
         flags = self.defaults | in_file | on_line
         FlagParser.debug = bool(flags.get("debug"))
         return flags, frozenset(changed | (on_line.keys() & self.defaults.keys()))
+
+    def _values(self, words: Sequence[str]) -> dict[str, Any]:
+        values = vars(self.parse_args(words))
+        return values | {name: tuple(values[name]) for name in self._item_readers.keys() & values.keys()}
 
     def _separate_switches(self, argv: Sequence[str]) -> list[str]:
         """`--cased file` -> `--cased=true file`: a switch takes the next word only if that is a truth value."""
@@ -107,10 +115,13 @@ class FlagParser(argparse.ArgumentParser):
         content = {} if content is None else content
         if not isinstance(content, dict):
             raise BadFlag(f"the config file {path} must hold a mapping: `name: value` lines, one for each flag.")
-        words = []
+        words, lists = [], {}
         for name, value in content.items():
             if name not in self.defaults:
                 raise BadFlag(f"the config file {path} has the unknown flag {brief(name)!r}.{self._close([name])}")
+            if isinstance(value, list) and name in self._item_readers and value:
+                lists[name] = tuple(self._read_item(path, name, item) for item in value)
+                continue
             if not isinstance(value, str):
                 raise BadFlag(f"the config file {path} gives {name} a {type(value).__name__}; expected one value.")
             if value in ("", "null", "~"):
@@ -121,9 +132,17 @@ class FlagParser(argparse.ArgumentParser):
                 raise BadFlag(f"the config file {path} gives {name} what is no text: {brief(ascii(value))}.")
             words.append(f"--{name}={value}")
         try:
-            return vars(self.parse_args(words))
+            return self._values(words) | lists
         except BadFlag as error:
             raise BadFlag(f"in the config file {path}: {error}") from None
+
+    def _read_item(self, path: Path, name: str, item: Any) -> Any:
+        if not isinstance(item, str) or not _is_word(item):
+            raise BadFlag(f"the config file {path} gives {name} a list with {brief(ascii(item))}; expected values.")
+        try:
+            return self._item_readers[name](item)
+        except argparse.ArgumentTypeError as error:
+            raise BadFlag(f"in the config file {path}: {name}: {error}") from None
 
     def error(self, message: str) -> NoReturn:
         """Raise BadFlag: one paragraph, with the closest flag where one was misspelt."""
@@ -168,6 +187,17 @@ def _number(text: str) -> float:
     if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"expected a number, got {brief(repr(text))}")
     return float(text)
+
+
+def _whole_or_number(text: str) -> int | float:
+    return int(text) if _WHOLE_NUMBER.fullmatch(text) else _number(text)
+
+
+def _reader(kinds: Sequence[Any]) -> tuple[Callable[[str], Any], str]:
+    """What reads a word as one of these types, and what the help calls it."""
+    if int in kinds and float in kinds:
+        return _whole_or_number, "N|X"
+    return {int: (_whole_number, "N"), float: (_number, "X")}.get(kinds[0], (kinds[0], "TEXT"))
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,7 +177,8 @@ class DeviceFlags:
 
 # What the data decides (num_class, pad_id) and what a classifier does not use (decoder_size) are no flags.
 MODEL_SKIP = ("vocab_size", "num_class", "pad_id", "decoder_size")
-GROUPS: tuple[tuple[str, type, tuple[str, ...]], ...] = (
+Group = tuple[str, type, tuple[str, ...]]  # (title, dataclass, names to leave out)
+GROUPS: tuple[Group, ...] = (
     ("Data and text", DataFlags, ()),
     ("Where the model comes from", StartFlags, ()),
     ("The model", ModelConfig, MODEL_SKIP),
@@ -199,23 +201,28 @@ class Args(SimpleNamespace):
 
     def flags(self) -> dict[str, Any]:
         """Every flag and its value."""
-        return {name: getattr(self, name) for name in flag_fields()}
+        return {name: value for name, value in vars(self).items() if name != "given"}
 
 
-def flag_fields() -> dict[str, dataclasses.Field]:
+def flag_fields(groups: Sequence[Group] = GROUPS) -> dict[str, dataclasses.Field]:
     """Every flag by name, in the order of the help."""
-    return {field.name: field for _, cls, skip in GROUPS for field in dataclasses.fields(cls) if field.name not in skip}
+    return {field.name: field for _, cls, skip in groups for field in dataclasses.fields(cls) if field.name not in skip}
+
+
+def typed_args(groups: Sequence[Group], verb: str, flags: dict[str, Any]) -> Args:
+    """Flags over their defaults. Raises InputError for a name that is no flag and for values of another type."""
+    fields = flag_fields(groups)
+    if unknown := sorted(set(flags) - set(fields)):
+        raise InputError(f"unknown flag {', '.join(unknown)}; `funneltfm {verb} --help` lists them.")
+    flags = {name: _checked(name, fields[name].type, value) for name, value in flags.items()}
+    args = Args(**{name: field.default for name, field in fields.items()} | flags)
+    args.given = frozenset(flags)
+    return args
 
 
 def make_args(**flags: Any) -> Args:
-    """Flags over their defaults. Raises InputError for a name that is no flag and for values out of range."""
-    fields = flag_fields()
-    if unknown := sorted(set(flags) - set(fields)):
-        raise InputError(f"unknown flag {', '.join(unknown)}; `funneltfm classify --help` lists them.")
-    for name, value in flags.items():
-        flags[name] = _checked(name, fields[name], value)
-    args = Args(**{name: field.default for name, field in fields.items()} | flags)
-    args.given = frozenset(flags)
+    """Flags of `funneltfm classify`. Raises InputError for a name that is no flag and for values out of range."""
+    args = typed_args(GROUPS, "classify", flags)
     _check(args)
     return args
 
@@ -231,17 +238,31 @@ def size_beside(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return size
 
 
-def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
-    """`value` if it is of the flag's type; whole numbers are taken for numbers."""
-    kinds = get_args(field.type) or (field.type,)
-    if get_origin(field.type) is Literal:
+def item_type(kind: Any) -> Any:
+    """Type of the items of a flag that takes several values (tuple[T, ...], or None beside it); else None."""
+    lists = [k for k in (kind, *get_args(kind)) if get_origin(k) is tuple]
+    return get_args(lists[0])[0] if lists else None
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """`value` if it is of the flag's type; whole numbers are taken for numbers, lists for tuples."""
+    kinds = get_args(kind) or (kind,)
+    if (item := item_type(kind)) is not None:
+        if value is None and type(None) in kinds:
+            return None
+        if not isinstance(value, list | tuple) or not value:
+            raise InputError(f"{name} must be a list of values; got {value!r}.")
+        return tuple(_checked(name, item, v) for v in value)
+    if get_origin(kind) is Literal:
         if value not in kinds:
-            raise InputError(f"{name} must be one of {', '.join(kinds)}; got {value!r}.")
+            raise InputError(f"{name} must be one of {', '.join(map(str, kinds))}; got {value!r}.")
         return value
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if float in kinds and int not in kinds and whole and abs(value) < 2**1000:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
-        expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kinds[0]]
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        expected = "a number" if float in kinds else names[kinds[0]]
         raise InputError(f"{name} must be {expected}; got {value!r}.")
     return value
 
