@@ -9,19 +9,27 @@ Hugging Face data (custom_dataset). Whatever is wrong with a file is an InputErr
 """
 
 import contextlib
-import csv
 import difflib
-import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from funneltfm.data.textfiles import (
+    BadRow,
+    Cells,
+    csv_rows,
+    filled_lines,
+    is_number,
+    json_object,
+    named_cells,
+    open_text,
+    tsv_rows,
+)
 from funneltfm.errors import InputError, brief
-from funneltfm.files import each_key_once
 
 logger = logging.getLogger(__name__)
 
@@ -267,16 +275,7 @@ def read_split(spec: DatasetSpec, data_dir: str | Path, split: str, *, bad_rows:
     return examples
 
 
-class _BadRow(Exception):
-    """A row that is no example: what was expected, what came."""
-
-    def __init__(self, expected: str, got: str, row: object) -> None:
-        # repr also makes undecodable bytes printable
-        super().__init__(f"expected {expected}, got {brief(got)}: {brief(repr(row))}")
-
-
-Cells = Mapping[Column, object]
-Record = tuple[Path, int, Cells | _BadRow]
+Record = tuple[Path, int, Cells | BadRow]
 
 
 def _read(spec: DatasetSpec, data_dir: str | Path, split: str, bad_rows: str) -> tuple[list[Example], list[str]]:
@@ -290,10 +289,10 @@ def _read(spec: DatasetSpec, data_dir: str | Path, split: str, bad_rows: str) ->
     try:
         for number, (path, line, cells) in enumerate(_records(files, row)):
             try:
-                if isinstance(cells, _BadRow):
+                if isinstance(cells, BadRow):
                     raise cells
                 examples.append(_example(spec, row, cells, number))
-            except _BadRow as error:
+            except BadRow as error:
                 unit = "row" if path.is_dir() or path.suffix == ".parquet" else "line"
                 bad.append("" if bad else f"{path}, {unit} {line}: {error}")
                 if bad_rows == "error":
@@ -309,16 +308,16 @@ def _read(spec: DatasetSpec, data_dir: str | Path, split: str, bad_rows: str) ->
 def _example(spec: DatasetSpec, row: SplitSpec, cells: Cells, number: int) -> Example:
     for cell in cells.values():
         if isinstance(cell, str) and _BROKEN.search(cell):
-            raise _BadRow("UTF-8 text", "bytes that are not UTF-8, or a NUL", cell)
+            raise BadRow("UTF-8 text", "bytes that are not UTF-8, or a NUL", cell)
     for column in row.required:  # tables have been checked by their header
         if column not in cells:
-            raise _BadRow(f"the keys {row.required}", f"none named {column!r}", list(cells))
+            raise BadRow(f"the keys {row.required}", f"none named {column!r}", list(cells))
     texts = [_text(cells[column]) for column in (row.text_a, row.text_b) if column is not None]
     for written, meant in row.replacements:
         texts = [text.replace(written, meant) for text in texts]
     blank = [not text.strip() for text in texts]
     if all(blank) or (any(blank) and not row.one_text_suffices):
-        raise _BadRow("text", "an empty text", dict(cells))
+        raise BadRow("text", "an empty text", dict(cells))
     label = None if row.label is None else _label(spec, row, cells)
     name = next((text for column in ID_COLUMNS if (text := _text(cells.get(column)))), str(number))
     return Example(name, texts[0], texts[1] if len(texts) > 1 else None, label)
@@ -330,18 +329,12 @@ def _label(spec: DatasetSpec, row: SplitSpec, cells: Cells) -> str | None:
     if row.label_optional and (not label or (label == "-1" and spec.labels is not None and label not in spec.labels)):
         return None
     if spec.labels is None:
-        if not _is_finite(label):
-            raise _BadRow("a finite number as label", repr(label), dict(cells))
+        if not is_number(label):
+            raise BadRow("a finite number as label", repr(label), dict(cells))
     elif not label or (spec.labels and label not in spec.labels):  # (): a custom set whose labels are being collected
         known = f"one of {brief(', '.join(spec.labels[:20]))}" if spec.labels else "not empty"
-        raise _BadRow(f"a label that is {known}", repr(label), dict(cells))
+        raise BadRow(f"a label that is {known}", repr(label), dict(cells))
     return label
-
-
-def _is_finite(text: str) -> bool:
-    """Whether a text is a number as files write them; float alone also takes 1_000 and digits of other scripts."""
-    number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
-    return number is not None and math.isfinite(float(text))
 
 
 def _text(value: object) -> str:
@@ -350,7 +343,7 @@ def _text(value: object) -> str:
         return value or ""
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    raise _BadRow("a text or a number", f"a {type(value).__name__}", value)
+    raise BadRow("a text or a number", f"a {type(value).__name__}", value)
 
 
 _BROKEN = re.compile("[\0\ud800-\udfff]")  # what is not UTF-8 is decoded to lone surrogates (PEP 383)
@@ -396,63 +389,21 @@ def _records(files: Iterable[Path], row: SplitSpec) -> Iterator[Record]:
         yield from _split_by_ids(records, path, row) if _by_ids(row, path) else records
 
 
-def _open(path: Path) -> Any:
-    """Lines end at newlines alone; a byte-order mark is dropped; undecodable bytes are kept, to be told by line."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-
-
 def _tsv(path: Path, row: SplitSpec) -> Iterator[Record]:
-    """Tab-separated without quoting: quotes are text."""
-    with _open(path) as stream:
-        lines = (text.removesuffix("\n").removesuffix("\r") for text in stream)
-        yield from _table(path, row, ((i, text.split("\t") if text else []) for i, text in enumerate(lines, 1)))
+    return _table(path, row, tsv_rows(path))
 
 
 def _csv(path: Path, row: SplitSpec) -> Iterator[Record]:
-    def rows() -> Iterator[tuple[int, list[str] | _BadRow]]:
-        reader = csv.reader(stream, strict=True)  # not strict, a lost quote would swallow the rest of the file
-        while True:
-            line = reader.line_num + 1  # where the record begins: it may span lines
-            try:
-                yield line, next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                got = f"broken quoting that takes it to line {reader.line_num}"
-                yield line, _BadRow("a row of comma-separated, quoted columns", got, str(error))
-
-    with _open(path) as stream, _long_fields():
-        yield from _table(path, row, rows())
+    return _table(path, row, csv_rows(path))
 
 
-@contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
-    """csv refuses fields over 131,072 characters; the limit is the process's, so it is put back."""
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
+def _table(path: Path, row: SplitSpec, rows: Iterable[tuple[int, list[str] | BadRow]]) -> Iterator[Record]:
+    header = range(row.width) if row.width else None
+    for line, cells in named_cells(path, rows, partial(_check_columns, row), header):
+        yield path, line, cells
 
 
-def _table(path: Path, row: SplitSpec, rows: Iterable[tuple[int, list[str] | _BadRow]]) -> Iterator[Record]:
-    """Rows to cells by column name, or by position if there is no header; blank lines are no rows."""
-    header: Sequence[Column] | None = range(row.width) if row.width else None
-    for line, cells in rows:
-        if header is None:
-            if isinstance(cells, _BadRow):
-                raise InputError(f"{path}, line {line}: {cells}. Correct the header.")
-            header = [name.strip() for name in cells]
-            _check_columns(path, row, header)
-        elif isinstance(cells, _BadRow):
-            yield path, line, cells
-        elif len(cells) == len(header):
-            yield path, line, dict(zip(header, cells, strict=True))
-        elif cells:
-            yield path, line, _BadRow(f"{len(header)} columns", f"{len(cells)}", cells)
-
-
-def _check_columns(path: Path, row: SplitSpec, header: Sequence[Column]) -> None:
+def _check_columns(row: SplitSpec, path: Path, header: Sequence[str]) -> None:
     required = row.required + (PAIR_IDS if _by_ids(row, path) else [])
     for column in (*required, *({row.label, *ID_COLUMNS} - {*required, None})):
         if header.count(column) > 1 or (column in required and column not in header):
@@ -465,23 +416,13 @@ def _check_columns(path: Path, row: SplitSpec, header: Sequence[Column]) -> None
 
 def _jsonl(path: Path, row: SplitSpec) -> Iterator[Record]:
     """One object per line. Numbers keep the file's spelling: 1 is "1", 1.50 is "1.50"."""
-    with _open(path) as stream:
-        for line, text in enumerate(stream, 1):
-            if not text.strip():
-                continue
-            try:
-                cells = json.loads(
-                    text, object_pairs_hook=each_key_once, parse_int=str, parse_float=str, parse_constant=str
-                )
-            except (ValueError, RecursionError) as error:
-                yield path, line, _BadRow("a JSON object", str(error), text.strip())
-                continue
-            yield path, line, cells if isinstance(cells, dict) else _BadRow("a JSON object", "other JSON", cells)
+    for line, text in filled_lines(path):
+        yield path, line, json_object(text, parse_int=str, parse_float=str, parse_constant=str)
 
 
 def _one_text(path: Path, row: SplitSpec) -> Iterator[Record]:
     """A file of one text in a folder named like its label."""
-    with _open(path) as stream:
+    with open_text(path) as stream:
         text = stream.read().rstrip("\r\n")
     yield path, 1, {"id": f"{path.parent.name}/{path.stem}", "label": path.parent.name, "text": text}
 
@@ -492,33 +433,49 @@ def _by_ids(row: SplitSpec, path: Path) -> bool:
 
 def _split_by_ids(records: Iterable[Record], path: Path, row: SplitSpec) -> Iterator[Record]:
     """Of Microsoft's paraphrase pairs, those whose two ids are, or are not, a line of dev_ids.tsv."""
-    with _open(path.with_name("dev_ids.tsv")) as stream:
+    with open_text(path.with_name("dev_ids.tsv")) as stream:
         dev_ids = {tuple(line.split()) for line in stream}
     for record in records:
         cells = record[2]
-        if isinstance(cells, _BadRow) or (tuple(cells[name] for name in PAIR_IDS) in dev_ids) == row.in_dev_ids:
+        if isinstance(cells, BadRow) or (tuple(cells[name] for name in PAIR_IDS) in dev_ids) == row.in_dev_ids:
             yield record
+
+
+def datasets_library(source: object) -> Any:
+    """The `datasets` module, which `source` needs."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{source} needs the datasets library ({error}): pip install 'funneltfm[datasets]'") from error
+    return datasets
+
+
+@contextlib.contextmanager
+def readable(place: object, *more: type[Exception]) -> Iterator[None]:
+    """What the datasets library says of files that it cannot read, as an InputError. more: kinds of errors beside its
+    usual ones."""
+    kinds: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, *more)
+    try:
+        yield
+    except kinds as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        raise InputError(
+            f"expected data of the datasets library in {place}, got an error: {why}. Save it again."
+        ) from error
 
 
 def _hugging_face(path: Path, row: SplitSpec) -> Iterator[Record]:
     """A parquet file, or a folder of `save_to_disk` (path: its state.json). ClassLabel integers become their names."""
-    try:
-        import datasets
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{path} needs the datasets library ({error}): pip install 'funneltfm[datasets]'") from error
+    datasets = datasets_library(path)
     place = path if path.suffix == ".parquet" else path.parent
-    try:
+    with readable(place):
         if place is path:
+            import pyarrow.parquet
+
             data = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
         else:
             data = datasets.Dataset.load_from_disk(str(place))
-    except (ValueError, KeyError, TypeError) as error:
-        why = " ".join(str(error).split())
-        raise InputError(
-            f"expected data of the datasets library in {place}, got an error: {why}. Save it again."
-        ) from error
-    _check_columns(place, row, data.column_names)
+    _check_columns(row, place, data.column_names)
     columns = [name for name in (row.text_a, row.text_b, row.label, *ID_COLUMNS) if name in data.column_names]
     if row.label_optional and row.label in columns and set(data.unique(row.label)) <= {-1, None}:
         columns.remove(row.label)  # the hub's way to say that a test set has no labels
