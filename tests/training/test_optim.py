@@ -13,7 +13,7 @@ from torch import nn
 
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
-from funneltfm.training.optim import decay_groups, from_apex, make_adamw, make_schedule, warmup_linear
+from funneltfm.training.optim import decay_groups, from_apex, make_adamw, make_schedule, warmup_decay
 
 TINY = {"vocab_size": 20, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16, "block_size": "1_1"}
 
@@ -58,7 +58,7 @@ def test_a_run_of_one_step_learns(warmup_prop: float) -> None:
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
 def test_never_below_min_lr_after_warm_up_never_above_lr(total: int, warmup_prop: float, min_ratio: float) -> None:
     warmup = round(warmup_prop * total)
-    seen = [warmup_linear(step, total, warmup, min_ratio) for step in range(total + 5)]
+    seen = [warmup_decay(step, total, warmup, min_ratio) for step in range(total + 5)]
     assert all(0 <= rate <= 1 for rate in seen)
     assert all(rate >= min_ratio - 1e-12 for rate in seen[warmup:])
     assert seen[warmup:] == sorted(seen[warmup:], reverse=True)

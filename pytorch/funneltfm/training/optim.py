@@ -2,24 +2,33 @@
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from funneltfm.funnel.ops import LayerNorm
-
 log = logging.getLogger(__name__)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices and tables decay; biases (r_w_bias and its like too) and layer norms do not."""
-    norms = {id(p) for m in model.modules() if isinstance(m, LayerNorm | nn.LayerNorm) for p in m.parameters()}
+    """Two parameter groups: matrices and tables decay; biases (r_w_bias and its like too) and norms do not.
+
+    A norm is a module whose class, or a parent of it, has "norm" in its name: so are all of torch and of transformers
+    5.23, and nothing else there that has parameters of its own. Frozen parameters are left out.
+    """
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
+        for parameter in module.parameters(recurse=False)
+    }
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (free if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
+        if parameter.requires_grad:
+            (free if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -44,19 +53,26 @@ def from_apex(name: str, instead: str) -> Any:
         return None
 
 
-def warmup_linear(step: int, total: int, warmup: int, min_ratio: float) -> float:
+def linear(left: int, span: int) -> float:
+    """What is left of a fall of `span` steps when `left` of them are to come."""
+    return left / span
+
+
+def warmup_decay(
+    step: int, total: int, warmup: int, end: float, curve: Callable[[int, int], float] = linear, constant: int = 0
+) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total`, as a share of the highest.
 
-    It rises linearly over `warmup` steps, the last of which has 1.0, then falls linearly; it would reach `min_ratio` at
-    step `total`, so that the last step still learns, and never falls below it.
+    It rises linearly over `warmup` steps, the last of which has 1.0, stays there for `constant` more, and then falls
+    to `end`, which it would reach at step `total`, so that the last step still learns; it never falls below.
+    curve: (steps to go, steps of the fall) -> share of the way down that is left, from 1.0 to 0.0.
     """
     if step < warmup:
         return (step + 1) / warmup
-    peak = max(0, warmup - 1)
-    remaining = max(0, total - step) / max(1, total - peak)
-    return min_ratio + (1 - min_ratio) * remaining
+    peak = max(0, warmup + constant - 1)
+    return end + (1 - end) * curve(max(0, total - max(step, peak)), max(1, total - peak))
 
 
 def make_schedule(optimizer: Optimizer, total: int, warmup_prop: float, lr: float, min_lr: float) -> LambdaLR:
     warmup = round(warmup_prop * total)
-    return LambdaLR(optimizer, lambda step: warmup_linear(step, total, warmup, min_lr / lr))
+    return LambdaLR(optimizer, lambda step: warmup_decay(step, total, warmup, min_lr / lr))
