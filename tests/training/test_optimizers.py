@@ -490,6 +490,14 @@ def test_norms_of_every_kind_are_free_of_decay(name: str) -> None:
     assert any(re.search(rf"({norms})$", name) for name in expected)
 
 
+def test_a_norm_by_another_name() -> None:
+    class Rescale(nn.RMSNorm):
+        pass
+
+    (group,) = make_optimizer(Rescale(3), make(weight_decay=0.1)).param_groups
+    assert group["weight_decay"] == 0.0
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = Tiny()
     model.table.requires_grad_(False)
@@ -614,6 +622,12 @@ def test_heads_beside_an_encoder_are_heads() -> None:
     assert all(depths.get(id(p), 0) == 0 for p in model["heads"].parameters())
     assert depths == layer_depths(encoder)
     assert set(depths.values()) == {0, 1, 2, 3, 4}
+
+
+def test_lists_without_parameters_are_no_layers() -> None:
+    dropouts = nn.ModuleList(nn.Dropout() for _ in range(5))
+    model = nn.Sequential(nn.Embedding(3, 2), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), dropouts)
+    assert [layer_depths(model)[id(p)] for p in model.parameters()] == [3, 2, 2, 1, 1]
 
 
 def test_two_encoders_have_their_own_layers() -> None:
