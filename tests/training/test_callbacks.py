@@ -47,8 +47,10 @@ class Run:
         self.trainer = SimpleNamespace(
             optimizers=[optimizer], num_training_batches=total * accumulate, global_step=start,
             accumulate_grad_batches=accumulate, precision_plugin=None, state=SimpleNamespace(fn="fit"),
+            sanity_checking=False, loggers=[],
         )  # fmt: skip
-        self.module = SimpleNamespace(scores={}, device=torch.device(device))
+        self.module = SimpleNamespace(scores={}, train_scores={}, device=torch.device(device))
+        history.total = total
         self.callbacks = [history, *more]
         self.batch_idx = start * accumulate
 
@@ -70,7 +72,15 @@ class Run:
 
 
 def history_of(path: Path, log_every: int = 2) -> History:
-    return History(path, per_epoch=4, log_every=log_every, main="valid/accuracy", ids=IDS)
+    return History(
+        path,
+        0,
+        per_epoch=4,
+        log_every=log_every,
+        main="valid/accuracy",
+        ids=IDS,
+        advice="lower --lr, raise --warmup_prop",
+    )
 
 
 def read(path: Path) -> list[dict[str, str]]:

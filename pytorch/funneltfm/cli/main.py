@@ -10,6 +10,8 @@ from funneltfm.errors import InputError, Stopped
 
 VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
+    "train": "train any encoder on any pipeline: tagging, ranking, question answering, masked LM, ...",
+    "predict": "predict with a model that `train` has left, to jsonl",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
     "batch-size": "find the largest training batch that fits, for models and lengths",

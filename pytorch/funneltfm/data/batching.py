@@ -2,7 +2,7 @@
 makes padding masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -78,34 +78,44 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class _RunSampler:
-    """The batches of a whole run, epoch after epoch, from batch `start` on: (example indices, weight) of this rank.
+class StepSampler:
+    """The batches of every epoch, (example indices, weight) of this rank, a function of (seed, epoch) alone.
 
     A step learns from `batch_size * ranks * accumulate` examples. They are dealt evenly to the ranks, and on each to
     `accumulate` batches one after another. The weight of a batch makes the mean over ranks and batches the mean over
     the step's examples, also where the last step of an epoch cannot be dealt evenly. A batch that gets no example has
     one of weight 0, so that every rank takes part in every step.
+
+    by_length: similar lengths together. draw: the indices of an epoch's examples, which may come more than once or
+    not at all, always equally many; without it each comes once.
     """
 
     def __init__(
-        self, lengths: np.ndarray, batch_size: int, epochs: int, seed: int, accumulate: int, rank: int, ranks: int
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        *,
+        by_length: bool = True,
+        draw: Callable[[int], np.ndarray] | None = None,
     ):
-        self.lengths, self.epochs, self.seed = lengths, epochs, seed
+        self.lengths, self.seed, self.by_length, self.draw = lengths, seed, by_length, draw
         self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
         self.step_size = batch_size * ranks * accumulate
-        self.steps_per_epoch = -(-len(lengths) // self.step_size)
+        self.steps_per_epoch = -(-len(lengths if draw is None else draw(0)) // self.step_size)
         self.per_epoch = self.steps_per_epoch * accumulate
-        self.start = 0
 
-    def __len__(self) -> int:
-        return self.per_epoch * self.epochs
-
-    def __iter__(self) -> Iterator[tuple[list[int], float]]:
-        for number in range(self.start, len(self)):
-            epoch, i = divmod(number, self.per_epoch)
-            if i == 0 or number == self.start:
-                steps = epoch_batches(self.lengths, self.step_size, self.seed, epoch)
-            yield self._share(steps[i // self.accumulate], i % self.accumulate)
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[list[int], float]]:
+        """The batches of an epoch from number `start` on."""
+        chosen = None if self.draw is None else self.draw(epoch)
+        lengths = self.lengths if chosen is None else self.lengths[chosen]
+        steps = epoch_batches(lengths if self.by_length else np.ones_like(lengths), self.step_size, self.seed, epoch)
+        for number in range(start, self.per_epoch):
+            step = steps[number // self.accumulate]
+            yield self._share(step if chosen is None else chosen[step], number % self.accumulate)
 
     def _share(self, step: np.ndarray, turn: int) -> tuple[list[int], float]:
         parts = self.ranks * self.accumulate
@@ -113,6 +123,22 @@ class _RunSampler:
         if len(share) == 0:
             return [int(step[0])], 0.0
         return share.tolist(), len(share) * parts / len(step)
+
+
+class _RunSampler:
+    """The batches of a whole run, epoch after epoch, from batch `start` on."""
+
+    def __init__(self, batches: StepSampler, epochs: int):
+        self.batches, self.epochs = batches, epochs
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.batches.per_epoch * self.epochs
+
+    def __iter__(self) -> Iterator[tuple[list[int], float]]:
+        first, skip = divmod(self.start, self.batches.per_epoch)
+        for epoch in range(first, self.epochs):
+            yield from self.batches.epoch(epoch, skip if epoch == first else 0)
 
 
 class _Examples:
@@ -139,7 +165,7 @@ class RunLoader(DataLoader):
     run goes on with the next.
 
     One pass rather than one per epoch: validation every n steps, the schedule and a resumed run need no rule at
-    epoch borders. A batch has "weight", a number: see `_RunSampler`.
+    epoch borders. A batch has "weight", a number: see `StepSampler`.
     """
 
     def __init__(
@@ -154,7 +180,7 @@ class RunLoader(DataLoader):
         ranks: int = 1,
         **kwargs: Any,
     ):
-        sampler = _RunSampler(split.lengths, batch_size, epochs, seed, accumulate, rank, ranks)
+        sampler = _RunSampler(StepSampler(split.lengths, batch_size, seed, accumulate, rank, ranks), epochs)
         # Its own generator: the loader takes no random numbers from the stream that dropout uses.
         super().__init__(
             _Examples(split),  # type: ignore[arg-type]
@@ -169,7 +195,7 @@ class RunLoader(DataLoader):
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.run_sampler.steps_per_epoch
+        return self.run_sampler.batches.steps_per_epoch
 
     @property
     def steps(self) -> int:
@@ -194,16 +220,21 @@ class RunLoader(DataLoader):
         self.taken = state["taken"]
 
 
-def eval_loader(
-    split: EncodedSplit, collator: Collator, batch_size: int, rank: int = 0, ranks: int = 1, **kwargs: Any
-) -> DataLoader:
+def eval_batches(lengths: np.ndarray, batch_size: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
     """Every example once, sorted by length. The batches are the same whatever the number of ranks, and are dealt to
     them in turn; a rank that would have fewer takes its last one (or the first of all) twice, so that all take equally
     many.
     """
-    order = np.argsort(split.lengths, kind="stable")
+    order = np.argsort(lengths, kind="stable")
     batches = [part.tolist() for part in np.split(order, range(batch_size, len(order), batch_size))]
     own = batches[rank::ranks] or batches[:1]
-    own += own[-1:] * (-(-len(batches) // ranks) - len(own))
+    return own + own[-1:] * (-(-len(batches) // ranks) - len(own))
+
+
+def eval_loader(
+    split: EncodedSplit, collator: Collator, batch_size: int, rank: int = 0, ranks: int = 1, **kwargs: Any
+) -> DataLoader:
+    """Every example once, in the batches of `eval_batches`."""
+    own = eval_batches(split.lengths, batch_size, rank, ranks)
     generator = torch.Generator().manual_seed(0)
     return DataLoader(split, batch_sampler=own, collate_fn=collator, generator=generator, **kwargs)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import lightning
 import numpy as np
@@ -22,7 +22,6 @@ from funneltfm.errors import InputError
 from funneltfm.files import atomic_path
 from funneltfm.training import ranks
 from funneltfm.training.precision import AmpPrecision
-from funneltfm.training.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +36,18 @@ class ValidateAt(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates when the number of batches is a multiple of this.
-        trainer.val_check_batch = 1 if ended_step(trainer, batch_idx) in self.steps else sys.maxsize
+        due = ends_step(trainer, batch_idx) and trainer.global_step + 1 in self.steps
+        trainer.val_check_batch = 1 if due else sys.maxsize
+
+
+def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step ends with this batch of the epoch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
 
 
 def ended_step(trainer: lightning.Trainer, batch_idx: int) -> int:
-    """The step (1-based) that ends with this batch, or 0 where more batches belong to it."""
-    step, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
-    return 0 if rest else step
+    """After a batch: the step (1-based) that has ended with it, or 0 where more batches belong to it."""
+    return trainer.global_step if ends_step(trainer, batch_idx) else 0
 
 
 def validation_steps(total: int, n_valid: int) -> set[int]:
@@ -55,12 +59,24 @@ class History(Callback):
     """The run's numbers: rows for metrics.csv, kept in the checkpoint, so that a resumed run goes on with the same
     table. It stops a run whose loss is no number.
 
-    path: metrics.csv. per_epoch: steps in an epoch. log_every: steps between rows. main: name of the metric that
-    selects the best. ids: each training example's own id.
+    path: metrics.csv. total: steps in the run, None without an end. per_epoch: in an epoch. log_every: between rows.
+    main: name of the metric that selects the best, where `lower` is better or higher. ids: each training example's own
+    id. advice: what to try when training diverges.
     """
 
-    def __init__(self, path: Path, per_epoch: int, log_every: int, main: str, ids: Sequence[str] | np.ndarray):
-        self.path, self.per_epoch, self.log_every, self.main, self.ids = path, per_epoch, log_every, main, ids
+    def __init__(
+        self,
+        path: Path,
+        total: int | None,
+        per_epoch: int,
+        log_every: int,
+        main: str,
+        ids: Sequence[str] | np.ndarray,
+        advice: str,
+        lower: bool = False,
+    ):
+        self.path, self.total, self.per_epoch, self.log_every = path, total, per_epoch, log_every
+        self.main, self.lower, self.ids, self.advice = main, lower, ids, advice
         self.rows: list[dict[str, float]] = []
         self.train_seconds = 0.0
         self.examples = 0
@@ -80,7 +96,8 @@ class History(Callback):
     def best(self) -> dict[str, float]:
         """The row with the best main metric, the earliest of equals."""
         scored = (row for row in self.rows if self.main in row)
-        return max(scored, key=lambda row: np.float32(row[self.main]))  # as ModelCheckpoint compares
+        choose = min if self.lower else max
+        return choose(scored, key=lambda row: np.float32(row[self.main]))  # as ModelCheckpoint compares
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -94,11 +111,11 @@ class History(Callback):
         self.train_seconds += now - self._tick
         self._tick = now
         self._own_examples += len(batch["index"]) if batch["weight"] else 0
-        self._own.append((batch_idx // trainer.accumulate_grad_batches + 1, outputs["loss"].detach(), batch["index"]))
         step = ended_step(trainer, batch_idx)
+        self._own.append((step or trainer.global_step + 1, outputs["loss"].detach(), batch["index"]))
         if not step:
             return
-        logs = step % self.log_every == 0 or step == trainer.num_training_batches // trainer.accumulate_grad_batches
+        logs = step % self.log_every == 0 or step == self.total
         if logs or module.device.type == "cpu":  # a GPU is not made to wait at every step
             self._check_losses()
         if logs:
@@ -111,7 +128,7 @@ class History(Callback):
             precision = trainer.precision_plugin
             if isinstance(precision, AmpPrecision) and precision.scaler is not None:
                 values |= {"loss_scale": precision.scaler.get_scale(), "skipped_steps": precision.skipped}
-            self._add(step, values)
+            self._add(trainer, step, values | module.train_scores)
 
     def _check_losses(self) -> None:
         """Stop at the first step whose loss is not finite, in whichever process."""
@@ -124,9 +141,8 @@ class History(Callback):
         ranks.fail(
             InputError(
                 f"the training loss is {loss} at step {step} (epoch {step / self.per_epoch:.2f}), on the examples with "
-                f"the ids {', '.join(names[:32])}{', ...' if len(names) > 32 else ''}. Training has diverged: lower "
-                f"--lr, raise --warmup_prop, or lower --clip; with --fp16 try --amp_opt=O1 or --bf16. The checkpoint "
-                f"before is kept."
+                f"the ids {', '.join(names[:32])}{', ...' if len(names) > 32 else ''}. Training has diverged: "
+                f"{self.advice}. The checkpoint before is kept."
             )
         )
 
@@ -141,19 +157,22 @@ class History(Callback):
         self._own, self._own_examples = [], 0
 
     def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._check_losses()  # before the validation says that something is wrong, but not since when
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._tick = 0.0
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             scores = {f"{split}/{name}": v for split, by_name in module.scores.items() for name, v in by_name.items()}
-            self._add(trainer.global_step, scores)
+            self._add(trainer, trainer.global_step, scores)
 
-    def _add(self, step: int, values: dict[str, float]) -> None:
-        self.rows.append({"step": step, "epoch": round(step / self.per_epoch, 4), **values})
+    def _add(self, trainer: lightning.Trainer, step: int, values: dict[str, float]) -> None:
+        row = {"step": step, "epoch": round(step / self.per_epoch, 4), **values}
+        self.rows.append(row)
         if not ranks.is_main():
             return
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, columns, restval="")
@@ -197,6 +216,14 @@ class Leave(Exception):
         self.signum, self.step = signum, step
 
 
+class Resumable(Protocol):
+    """A run's folder."""
+
+    @property
+    def resumable(self) -> list[Path]:
+        """Checkpoints to resume from: the next, the last, the one before."""
+
+
 class SaveRun(Checkpoint):
     """Saves the whole state of a run: after validations, every `every` steps (0: not), and when a signal asks to stop.
 
@@ -205,7 +232,7 @@ class SaveRun(Checkpoint):
     costs little. `validations` are the steps after which a validation follows, and with it the saving.
     """
 
-    def __init__(self, run_dir: RunDir, every: int, validations: set[int]):
+    def __init__(self, run_dir: Resumable, every: int, validations: set[int]):
         self.run_dir, self.every, self.validations = run_dir, every, validations
         self.signum = 0
 
@@ -248,7 +275,7 @@ class SaveRun(Checkpoint):
             self._save(trainer, leaves)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer, ranks.any_rank(self.signum > 0))
 
     def _save(self, trainer: lightning.Trainer, leaves: bool) -> None:
@@ -280,8 +307,9 @@ class Progress(Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._shown = len(self.history.rows)
         if ranks.is_main() and sys.stderr.isatty():
-            total = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
-            self._bar = tqdm(total=total, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self.history.total, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True
+            )
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -306,10 +334,10 @@ class Progress(Callback):
                     {"loss": f"{row['train/loss']:.4f}", "ex/s": f"{row['examples_per_second']:.0f}"}, refresh=False
                 )
             else:
-                total = trainer.num_training_batches // trainer.accumulate_grad_batches
-                left = (total - row["step"]) * self.history.train_seconds / row["step"]
+                total = self.history.total
+                left = ((total or row["step"]) - row["step"]) * self.history.train_seconds / row["step"]
                 self._say(
-                    f"step {row['step']}/{total}  epoch {row['epoch']:.2f}  loss "
+                    f"step {row['step']}/{total or '?'}  epoch {row['epoch']:.2f}  loss "
                     f"{row['train/loss']:.4f}  lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  "
                     f"{tqdm.format_interval(left)} left"
                 )

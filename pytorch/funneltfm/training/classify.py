@@ -2,15 +2,12 @@
 classify` are doors to it.
 """
 
-import contextlib
 import copy
 import functools
 import json
 import logging
 import os
 import platform
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,11 @@ from funneltfm.training import plots, ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun, ValidateAt, validation_steps
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, make_args
-from funneltfm.training.launch import start_here, start_on_ray
+from funneltfm.training.launch import classify_words, start_here, start_on_ray
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
 from funneltfm.training.rundir import RunDir, find_run
+from funneltfm.training.runlog import log_file, log_ranks, quiet
 from funneltfm.training.setup import (
     Data,
     Devices,
@@ -68,7 +66,7 @@ def run(args: Args) -> dict[str, Any]:
     args = with_run_flags(args)
     if place is None and args.distributed_world_size > 1:
         return _launch(args)
-    with ranks.joined(place, backend(args)), _log_ranks(args.log_all_processes):
+    with ranks.joined(place, backend(args)), log_ranks(args.log_all_processes):
         return _run(args)
 
 
@@ -76,7 +74,11 @@ def _launch(args: Args) -> dict[str, Any]:
     run_dir = find_run(args.model_dir, task_name(args), goes_on(args), args.overwrite)
     for name, value in with_absolute_paths(args.flags()).items():
         setattr(args, name, value)  # the processes may start in another folder
-    (start_on_ray if args.launcher == "ray" else start_here)(args, run_dir.root.absolute())
+    if args.launcher == "ray":
+        start_on_ray(args, run_dir.root.absolute())
+    else:
+        port = args.distributed_port if "distributed_port" in args.given else 0
+        start_here(classify_words(args, run_dir.root.absolute()), args.distributed_world_size, port)
     return json.loads(run_dir.results.read_text(encoding="utf-8"))
 
 
@@ -98,7 +100,11 @@ def _run(args: Args) -> dict[str, Any]:
             run_dir.sweep()
         elif args.overwrite and not goes_on(args):
             run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
-    with _log_file(args, run_dir), _quiet():
+    path = Path(args.log_path) if args.log_path else run_dir.root / "log.txt"
+    append = args.resume or args.test_only
+    with log_file(path if ranks.is_main() else None, append), quiet():
+        if ranks.is_main():
+            run_dir.root.mkdir(parents=True, exist_ok=True)  # after the log file, which may be elsewhere and impossible
         n_param = sum(p.numel() for p in model.parameters())
         log.info("%s: %s examples; %s parameters; %s", data.task.spec.name, data.sizes(), f"{n_param:,}", run_dir.root)
         if ranks.size() > 1:
@@ -203,7 +209,9 @@ def _train(
 
     pipeline = Pipeline(model, data.task, args, total, data.valid)
     validations = validation_steps(total, args.n_valid)
-    history = History(run_dir.metrics, per_epoch, max(1, per_epoch // args.n_log_epoch), main, train.ids)
+    advice = "lower --lr, raise --warmup_prop, or lower --clip; with --fp16 try --amp_opt=O1 or --bf16"
+    log_every = max(1, per_epoch // args.n_log_epoch)
+    history = History(run_dir.metrics, total, per_epoch, log_every, main, train.ids, advice)
     best = BestCheckpoint(
         dirpath=run_dir.checkpoints,
         filename="best",
@@ -286,68 +294,6 @@ def predict(model: FunnelTFM, data: Data, split: str, args: Args, devices: Devic
 
 
 # ---- the end
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what Lightning says that is of no use here: advice on workers, and a deprecation in its own code."""
-    with warnings.catch_warnings():
-        for message in (
-            ".*LeafSpec.*",
-            ".*does not have many workers.*",
-            "Checkpoint directory .* exists",
-            ".*sync_dist=True.*",
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        yield
-
-
-@contextlib.contextmanager
-def _log_ranks(everyone: bool) -> Iterator[None]:
-    """The main process logs; the others where that was asked for, with their rank in front."""
-    logger = logging.getLogger("funneltfm")
-    rank = ranks.rank()
-
-    def sieve(record: logging.LogRecord) -> bool:
-        record.msg = f"[rank {rank}] {record.msg}" if rank else record.msg
-        return everyone or rank == 0
-
-    handlers = list(logger.handlers) if ranks.size() > 1 else []
-    for handler in handlers:
-        handler.addFilter(sieve)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(sieve)
-
-
-class _LogFile(logging.FileHandler):
-    """A full disk is an error, not a note on the terminal."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # called while the error is handled
-
-
-@contextlib.contextmanager
-def _log_file(args: Args, run_dir: RunDir) -> Iterator[None]:
-    """Everything that the main process logs also goes into the run's log file."""
-    if not ranks.is_main():
-        yield
-        return
-    path = Path(args.log_path) if args.log_path else run_dir.root / "log.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(path, mode="a" if args.resume or args.test_only else "w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    run_dir.root.mkdir(parents=True, exist_ok=True)  # after the log file, which may be elsewhere and impossible
-    logger = logging.getLogger("funneltfm")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        with contextlib.suppress(OSError):  # what could not be written was told already
-            handler.close()
 
 
 def results_table(results: dict[str, Any]) -> str:

@@ -30,8 +30,13 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
 
-def start_here(args: Args, model_dir: Path) -> None:
-    """Run `funneltfm classify` with these flags in several processes of this machine and wait for them.
+def classify_words(args: Args, model_dir: Path) -> list[str]:
+    """The command line of each process of `funneltfm classify`."""
+    return ["classify", *(f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None)]
+
+
+def start_here(words: list[str], n: int, port: int = 0) -> None:
+    """Run `funneltfm WORDS` in n processes of this machine, which meet at `port` (0: a free one), and wait for them.
 
     A process that fails ends the others within seconds. Raises InputError where one failed; Stopped after a signal.
     """
@@ -39,14 +44,11 @@ def start_here(args: Args, model_dir: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    n = args.distributed_world_size
-    words = [f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below, in one line
     # Two minutes for saving, when a signal asks to stop.
     env = {"PYTHONPATH": python_path(), LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     if "OMP_NUM_THREADS" not in os.environ:  # as many threads in all as one process would have
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n))
-    port = args.distributed_port if "distributed_port" in args.given else 0
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -62,7 +64,7 @@ def start_here(args: Args, model_dir: Path) -> None:
     handlers = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     os.environ.update(env)
     try:
-        elastic_launch(config, sys.executable)("-m", "funneltfm", "classify", *words)
+        elastic_launch(config, sys.executable)("-m", "funneltfm", *words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

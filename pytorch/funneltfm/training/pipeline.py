@@ -19,7 +19,35 @@ from funneltfm.training.precision import AmpPrecision
 log = logging.getLogger(__name__)
 
 
-class Pipeline(lightning.LightningModule):
+class ExactResume(lightning.LightningModule):
+    """A module whose dropout goes on, after resuming, with the random numbers that it would have had: a resumed run
+    equals an uninterrupted one.
+    """
+
+    _rng: list[dict[str, Tensor]] | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, AmpPrecision):
+            checkpoint["state_dict"] = precision.exact_state(self)
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["rng"] = ranks.gather(rng)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        if self._rng is not None:
+            rng = self._rng[ranks.rank()]
+            torch.set_rng_state(rng["cpu"].cpu())
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+            self._rng = None
+
+
+class Pipeline(ExactResume):
     """Trains `model` on `task` and scores it on every validation split.
 
     splits: names of the validation splits, in the order of their loaders. After a validation, `scores` maps each to
@@ -36,8 +64,8 @@ class Pipeline(lightning.LightningModule):
         self.splits = splits
         self.scores: dict[str, dict[str, float]] = {}
         self.predictions = np.empty(0)
+        self.train_scores: dict[str, float] = {}  # the loss says enough
         self._outputs: dict[int, list[tuple[Tensor, ...]]] = {}
-        self._rng: list[dict[str, Tensor]] | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C)."""
@@ -87,28 +115,6 @@ class Pipeline(lightning.LightningModule):
         optimizer = make_adamw(self.model, args.lr, args.weight_decay, apex)
         schedule = make_schedule(optimizer, self.total_steps, args.warmup_prop, args.lr, args.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # Dropout goes on with the random numbers that it would have had, so a resumed run equals an uninterrupted one.
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        precision = self.trainer.precision_plugin
-        if isinstance(precision, AmpPrecision):
-            checkpoint["state_dict"] = precision.exact_state(self)
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["rng"] = ranks.gather(rng)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng = checkpoint["rng"]
-
-    def on_train_start(self) -> None:
-        if self._rng is not None:
-            rng = self._rng[ranks.rank()]
-            torch.set_rng_state(rng["cpu"].cpu())
-            if "cuda" in rng and self.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
-            self._rng = None
 
 
 def whole_split(outputs: list[tuple[Tensor, ...]]) -> list[np.ndarray]:

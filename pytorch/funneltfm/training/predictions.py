@@ -2,7 +2,9 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import softmax
@@ -41,3 +43,10 @@ def write_predictions(
             values = [f"{min(5.0, max(0.0, p)):.3f}" for p in pred] if task.regression else names
             writer.writerows(zip(encoded.ids, values, strict=True))
     return paths
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write jsonl: a row a line."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,223 @@
+"""Texts to token ids with any fast tokenizer of `transformers`: one, two or more texts a row, cut to fit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funneltfm.errors import InputError, brief
+
+Text = str | list[str]  # a text, or its words
+NO_WORD = -1  # the word id of a special token
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of one text, without special tokens."""
+
+    ids: list[int]
+    word_ids: list[int]
+    """Which word of the text each piece belongs to, from 0."""
+    offsets: list[tuple[int, int]]
+    """Which characters of the text each piece is."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tokenizer puts its special tokens, read from what it does with a pair: `[CLS] a [SEP] b [SEP]`, say."""
+
+    prefix: list[int]
+    between: list[int]
+    suffix: list[int]
+    suffix_alone: list[int]
+    """After a single text."""
+    types: tuple[int, int] | None
+    """Token types of the first and the second text, with the special tokens around; None where there are none."""
+
+    def n_special(self, n_texts: int) -> int:
+        if n_texts == 1:
+            return len(self.prefix) + len(self.suffix_alone)
+        return len(self.prefix) + len(self.between) * (n_texts - 1) + len(self.suffix)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Rows of texts to ids.
+
+    tokenizer: a fast tokenizer of `transformers`. max_length: longest row in tokens, special ones included; longer
+    rows lose tokens at the end of their longest text first. token_types: the type of each text, in place of the
+    tokenizer's own.
+    """
+
+    tokenizer: Any
+    max_length: int = 128
+    token_types: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise InputError(
+                f"{type(self.tokenizer).__name__} is not a fast tokenizer, so it cannot say which word a piece belongs "
+                f"to. Give a folder with a tokenizer.json, a vocab.txt or a tokenizer.json."
+            )
+        if self.tokenizer.pad_token_id is None:
+            raise InputError(f"the tokenizer {self.tokenizer.name_or_path} has no padding token; it needs one.")
+
+    @cached_property
+    def layout(self) -> Layout:
+        tokenizer = self.tokenizer
+        probe = next((word for word in ("a", "1", ".") if self._bare(word)), None)
+        if probe is None:
+            raise InputError(f"the tokenizer {tokenizer.name_or_path} makes nothing of the texts 'a', '1' and '.'.")
+        alone, pair = tokenizer(probe), tokenizer(probe, probe)
+        where = pair.sequence_ids(0)
+        first = [i for i, side in enumerate(where) if side == 0]
+        second = [i for i, side in enumerate(where) if side == 1]
+        ids, after = pair["input_ids"], max(i for i, side in enumerate(alone.sequence_ids(0)) if side == 0) + 1
+        types = pair.get("token_type_ids")
+        return Layout(
+            prefix=ids[: first[0]],
+            between=ids[first[-1] + 1 : second[0]],
+            suffix=ids[second[-1] + 1 :],
+            suffix_alone=alone["input_ids"][after:],
+            types=None if types is None else (types[first[0]], types[second[0]]),
+        )
+
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def pieces(self, texts: Sequence[Text]) -> Iterator[Pieces]:
+        """Pieces of every text, in order; a text is a string or a list of words."""
+        if not texts:
+            return
+        words = not isinstance(texts[0], str)
+        if words and getattr(self.tokenizer, "add_prefix_space", True) is False:
+            raise InputError(
+                "this tokenizer joins words to the text before them unless it is loaded with add_prefix_space=True; "
+                "words that are given one by one would come out wrong."
+            )
+        encoding = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            is_split_into_words=words,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        for i, ids in enumerate(encoding["input_ids"]):
+            word_ids = [NO_WORD if word is None else word for word in encoding.word_ids(i)]
+            yield Pieces(ids, word_ids, encoding["offset_mapping"][i])
+
+    def encode(self, rows: Sequence[Sequence[Text]]) -> list[dict[str, Any]]:
+        """Examples of rows of texts: "input_ids", "word_ids" (word_ids of later texts go on counting; NO_WORD for
+        special tokens), and "token_type_ids" where the tokenizer has types. Lists of int of equal length.
+        """
+        flat = [text for row in rows for text in row]
+        words = {isinstance(text, list) for text in flat}
+        if len(words) > 1:
+            raise InputError("some texts are lists of words and some are not; give one kind.")
+        pieces = self.pieces(flat)
+        return [self.join([next(pieces) for _ in row]) for row in rows]
+
+    def join(self, parts: Sequence[Pieces]) -> dict[str, Any]:
+        """One example of the pieces of a row's texts."""
+        layout, n = self.layout, len(parts)
+        room = self.max_length - layout.n_special(n)
+        if room < n:
+            raise InputError(
+                f"max_sequence_length {self.max_length} leaves no room for {n} texts beside {layout.n_special(n)} "
+                f"special tokens."
+            )
+        lengths = fit_lengths([len(part.ids) for part in parts], room)
+        ids, words, types = list(layout.prefix), [NO_WORD] * len(layout.prefix), [self._type(0)] * len(layout.prefix)
+        first_word = 0
+        for number, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            after = layout.between if number < n - 1 else layout.suffix if n > 1 else layout.suffix_alone
+            ids += part.ids[:length] + after
+            words += [w if w == NO_WORD else w + first_word for w in part.word_ids[:length]] + [NO_WORD] * len(after)
+            types += [self._type(number)] * (length + len(after))
+            first_word += max(part.word_ids, default=-1) + 1
+        example = {"input_ids": ids, "word_ids": words}
+        return example if layout.types is None and self.token_types is None else example | {"token_type_ids": types}
+
+    def _type(self, number: int) -> int:
+        """Token type of the text with this number."""
+        if self.token_types is not None:
+            if number >= len(self.token_types):
+                raise InputError(
+                    f"--extended_token_type_ids has {len(self.token_types)} types, but there are {number + 1} texts."
+                )
+            return self.token_types[number]
+        types = self.layout.types or (0, 0)
+        return types[min(number, 1)]
+
+
+def fit_lengths(lengths: Sequence[int], room: int) -> list[int]:
+    """Shorten the longest of several lengths, the last one where they are equal, one by one until all fit together.
+
+    >>> fit_lengths([10, 3], 9), fit_lengths([10, 10], 9), fit_lengths([2, 9, 9], 12)
+    ([6, 3], [5, 4], [2, 5, 5])
+    """
+    if sum(lengths) <= room:
+        return list(lengths)
+    low, high = 0, max(lengths)  # the highest level to which all can be cut and fit
+    while low < high:
+        level = (low + high + 1) // 2
+        low, high = (level, high) if sum(min(n, level) for n in lengths) <= room else (low, level - 1)
+    cut = [min(n, low) for n in lengths]
+    spare = room - sum(cut)
+    for i, n in enumerate(lengths):  # the first ones keep one token more
+        if spare and n > low:
+            cut[i] += 1
+            spare -= 1
+    return cut
+
+
+def get_text_tokenizer(path: str, add_prefix_space: bool = False) -> Any:
+    """A fast tokenizer of `transformers`: a folder or a name that AutoTokenizer knows, a tokenizer.json, or a
+    vocab.txt with one piece a line (BERT's and Funnel's kind; lower case unless its name says cased).
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f"pipelines need `transformers` ({error}): pip install 'funneltfm[hf]'.") from error
+    file = Path(path)
+    more = {"add_prefix_space": True} if add_prefix_space else {}
+    try:
+        if file.is_file() and file.suffix == ".txt":
+            cased = "cased" in file.name.lower().replace("uncased", "")
+            return transformers.BertTokenizer(vocab=str(file), do_lower_case=not cased)
+        if file.is_file() and file.suffix == ".json":
+            return _with_specials(transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **more))
+        return transformers.AutoTokenizer.from_pretrained(path, **more)
+    except InputError:
+        raise
+    except Exception as error:  # transformers, tokenizers and the hub raise all kinds
+        raise InputError(f"cannot load a tokenizer from {path}: {brief(' '.join(str(error).split()), 500)}") from error
+
+
+_SPECIAL = {
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>", "<cls>"),
+    "sep_token": ("[SEP]", "</s>", "<sep>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+
+
+def _with_specials(tokenizer: Any) -> Any:
+    """A bare tokenizer.json does not say which of its tokens are special: take them by their usual names."""
+    known = tokenizer.get_vocab()
+    for name, usual in _SPECIAL.items():
+        found = next((token for token in usual if token in known), None)
+        if getattr(tokenizer, name) is None and found is not None:
+            setattr(tokenizer, name, found)
+    return tokenizer
+
+
+def special_ids(tokenizer: Any) -> np.ndarray:
+    """Ids that stand for no text, sorted."""
+    return np.array(sorted(set(tokenizer.all_special_ids)), np.int64)

@@ -1,0 +1,225 @@
+"""What a task is: its columns, its head and loss, its scores. It knows no trainer and no model by name.
+
+A row of the data becomes one or more examples (`encode`), examples become a batch (`collate`), the encoder turns the
+batch's texts into hidden states once, and every task of the pipeline reads its logits from them.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from funneltfm.data.features import Batch, Example, Features, pad
+from funneltfm.data.text import TextEncoder
+from funneltfm.errors import InputError
+from funneltfm.tasks.flags import TASKS, task_names
+from funneltfm.tasks.heads import replayed
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of what has none
+Row = dict[str, Any]
+Record = dict[str, Any]  # what is kept of one example of an evaluation: numbers and numpy arrays
+
+
+class Task:
+    """One thing to learn. A subclass fills in what is marked with "must"; the rest has a usable default.
+
+    args: a namespace with the flags that `tasks.flags.TASKS` lists for it.
+    """
+
+    name: ClassVar[str]
+    """Must. The group in logs: valid/NAME/accuracy."""
+    auto: ClassVar[str]
+    """Must. The Auto class of `transformers` whose head it trains."""
+    main_metric: ClassVar[str]
+    """Must. What selects the best checkpoint, a key of `score`."""
+    lower_is_better: ClassVar[bool] = False
+    """Of the main metric."""
+    words: ClassVar[bool] = False
+    """The texts are lists of words."""
+    corrupts: ClassVar[bool] = False
+    """It corrupts its input and makes its own labels in `prepare`; in a mixture it works on what the others encode."""
+
+    def __init__(self, args: Any):
+        self.args = args
+
+    # ---- data
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Take from the training rows what the task has to know beforehand (the names of the labels)."""
+
+    def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
+        """Must. Examples, row by row, each with "row" (its row's index), "input_ids", "word_ids" and, where the
+        tokenizer has them, "token_type_ids"; labels under names of the task's own, such as "seq_class_labels", where
+        the rows have them. An example of several texts that go through the encoder apart has them one after another,
+        and their lengths under "parts".
+
+        where: the data's name, for messages. Raises InputError for rows that cannot be used.
+        """
+        raise NotImplementedError
+
+    def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
+        """What is trained on in place of `example` (for objectives that corrupt it); `rng` depends on the seed, the
+        epoch and the example alone.
+        """
+        return example
+
+    def collate(self, examples: list[Example], tokens: Callable[[str, int], Tensor]) -> Batch:
+        """The task's own tensors of a batch: labels, where the examples have them. `tokens(name, fill)` is a field
+        with a number for every token as (texts, T) int64, filled up with `fill` where input_ids are padding.
+        """
+        return {}
+
+    # ---- model
+
+    def model_config(self) -> dict[str, Any]:
+        """Keys of the model's config that the task decides: num_labels, id2label, ..."""
+        return {}
+
+    def make_model(self, source: Any, config: Any) -> nn.Module:
+        """The model with this task's head. source: a checkpoint (folder or name) or None, from scratch; config: its
+        config, with `model_config` in it.
+        """
+        import transformers
+
+        auto = getattr(transformers, self.auto)
+        if source is None:
+            return auto.from_config(config)
+        model, info = auto.from_pretrained(
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        log.info("loaded %s%s", source, f"; new: {', '.join(fresh)}" if fresh else "")
+        return model
+
+    def logits(self, model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
+        """What the task's head says. hidden: the output of the encoder for batch["inputs"]."""
+        with replayed(model, hidden):
+            return model(**batch["inputs"]).logits
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Must. The mean loss, a scalar."""
+        raise NotImplementedError
+
+    # ---- scores
+
+    def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        """Scores of a training batch, now and then, for the log."""
+        return {}
+
+    def record(self, logits: Tensor, batch: Batch) -> list[Record]:
+        """Must. What to keep of each example of an evaluation batch, small and on the CPU."""
+        raise NotImplementedError
+
+    def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
+        """Must. The metrics of a whole split. records: one for each example, in order."""
+        raise NotImplementedError
+
+    def predict(self, records: list[Record], features: Features, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        """Must. What is written for each row: its prediction, scores, and its label where it has one."""
+        raise NotImplementedError
+
+    def tune(self, records: list[Record], features: Features, rows: Sequence[Row]) -> None:
+        """Choose on the validation set what is not learned (a threshold); called with the best model's records."""
+
+    # ---- what a trained task knows, for prediction
+
+    def state(self) -> dict[str, Any]:
+        """JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The state of the run that has trained the model."""
+
+
+def make_tasks(pipeline: str, args: Any) -> list[Task]:
+    """The tasks of a pipeline, those that corrupt last: they work on what the others have made."""
+    tasks = []
+    for name in task_names(pipeline):
+        module, _, cls = TASKS[name][0].partition(":")
+        tasks.append(getattr(importlib.import_module(module), cls)(args))
+    return sorted(tasks, key=lambda task: task.corrupts)
+
+
+# ---- all tasks of a pipeline together
+
+
+def encode_rows(tasks: Sequence[Task], rows: Sequence[Row], text: TextEncoder, where: str) -> Features:
+    """Examples that all tasks of a pipeline share. Tasks with labels must read the same texts."""
+    if not len(rows):
+        raise InputError(f"{where} has no rows.")
+    leads = [task for task in tasks if not task.corrupts] or list(tasks)
+    examples = leads[0].encode(rows, text, where)
+    for task in leads[1:]:
+        more = task.encode(rows, text, where)
+        same = len(more) == len(examples) and all(
+            a["input_ids"] == b["input_ids"] for a, b in zip(examples, more, strict=True)
+        )
+        if not same:
+            raise InputError(
+                f"{leads[0].name} and {task.name} read different texts of {where}, so they cannot be mixed. Give them "
+                f"the same columns."
+            )
+        examples = [a | b for a, b in zip(examples, more, strict=True)]
+    if not examples:
+        raise InputError(f"{where}: no row makes an example.")
+    return Features.of(examples)
+
+
+class Prepare:
+    """Prepares examples for a pass over the data, the same whichever process does it."""
+
+    def __init__(self, tasks: Sequence[Task], text: TextEncoder, seed: int):
+        self.tasks, self.text, self.seed = tasks, text, seed
+
+    def __call__(self, example: Example, epoch: int) -> Example:
+        for number, task in enumerate(self.tasks):
+            # epoch is -1 in evaluation; numpy takes no negative seeds
+            rng = np.random.default_rng([self.seed, epoch + 1, example["index"], number])
+            example = task.prepare(example, rng, self.text)
+        return example
+
+
+class Collate:
+    """Examples to a batch: "index" (B,), "inputs" (what the encoder takes: input_ids, attention_mask with 1 = real,
+    token_type_ids, each (texts, T) int64), and the tasks' own tensors.
+
+    length: pad every batch to this many tokens; None pads to its longest text.
+    """
+
+    def __init__(self, tasks: Sequence[Task], tokenizer: Any, length: int | None = None):
+        self.tasks, self.length = tasks, length
+        self.pad_id, self.pad_type = tokenizer.pad_token_id, tokenizer.pad_token_type_id
+        self.left = tokenizer.padding_side == "left"
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        ids = _texts(examples, "input_ids")
+        length = max(self.length or 0, max(map(len, ids)))
+
+        def tokens(name: str, fill: int) -> Tensor:
+            return pad(_texts(examples, name), fill, length, self.left)
+
+        inputs = {
+            "input_ids": pad(ids, self.pad_id, length, self.left),
+            "attention_mask": pad([np.ones_like(row) for row in ids], 0, length, self.left),
+        }
+        if "token_type_ids" in examples[0]:
+            inputs["token_type_ids"] = tokens("token_type_ids", self.pad_type)
+        batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}
+        for task in self.tasks:
+            batch |= task.collate(examples, tokens)
+        return batch
+
+
+def _texts(examples: list[Example], name: str) -> list[np.ndarray]:
+    """The texts of all examples, one after another."""
+    rows: list[np.ndarray] = []
+    for example in examples:
+        parts = example.get("parts")
+        rows += [example[name]] if parts is None else np.split(example[name], np.cumsum(parts)[:-1])
+    return rows

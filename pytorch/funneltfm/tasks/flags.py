@@ -1,0 +1,240 @@
+"""The flags of the tasks, and which task reads which. No torch here: `funneltfm train --help` is quick."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from funneltfm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnFlags:
+    """Columns of the data"""
+
+    input_columns: tuple[str, ...] | None = None
+    """Columns with the texts, in order. a:b joins two columns with a space; *a is a column with a list of texts, each
+    a text of its own; +a is a list that is joined with spaces. Default: text, or what the pipeline's data usually has.
+    """
+    input_column: str | None = None
+    """token_class: column with the list of words (default: words). Elsewhere another name for one input_columns."""
+    label_column: str | None = None
+    """Column with the label (default: label; token_class: labels)."""
+    index_column: str | None = None
+    """Column that says which rows belong together: the query's id (default: equal queries are one query)."""
+    num_labels: int | None = None
+    """Number of classes. Default: as many as the training data has."""
+    regression: bool = False
+    """seq_class: labels are numbers to predict, not classes."""
+    label_weights: tuple[float, ...] | None = None
+    """Weight of each class in the loss, in the order of the labels."""
+    label_smoothing: float = 0.0
+    """Share of the target that goes to all classes evenly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLMFlags:
+    """Masked language modelling"""
+
+    probability: float = 0.15
+    """Share of the tokens that are selected."""
+    probability_masked: float = 0.8
+    """Share of the selected tokens that become the mask."""
+    probability_replaced: float = 0.1
+    """Share of the selected tokens that become a random token (with 0, 1, 0: swapped language modelling)."""
+    probability_unchanged: float = 0.1
+    """Share of the selected tokens that stay as they are."""
+    whole_word_masking: bool = False
+    """Select whole words, not pieces."""
+    exact_masking: bool = False
+    """Select exactly the given share of every text (at least one token), not on average."""
+    packing: bool = False
+    """masked_lm alone: join the texts, with separators, into blocks of max_sequence_length; nothing is cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFlags:
+    """Tagging"""
+
+    label_scheme: Literal["auto", "bio", "bioes", "iob1", "none"] = "auto"
+    """How labels mark entities; auto looks at the labels, none scores tokens alone (parts of speech)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringFlags:
+    """Question answering"""
+
+    query_column: str = "question"
+    """Column of the question."""
+    context_column: str = "context"
+    """Column of the text in which the answer is."""
+    answers_column: str = "answers"
+    """Column of the right answers."""
+    doc_stride: int = 128
+    """Tokens that neighbouring windows of a long text share."""
+    max_query_length: int = 64
+    """Longest question in tokens; longer ones are cut."""
+    max_answer_length: int = 30
+    """Longest answer in tokens."""
+    n_best_size: int = 20
+    """Starts and ends that are looked at for the best answer."""
+    null_threshold: float | None = None
+    """Say that there is no answer where this is less than how much higher no answer scores than the best one. Default:
+    tuned on the validation set where that has questions without an answer; else there always is one.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoiceFlags:
+    """Multiple choice"""
+
+    question_column: str = "question"
+    """Column of the question. Rows as RACE has them (questions, options, answers: lists) are taken apart."""
+    article_column: str | None = "article"
+    """Column of the text that the question is about; none where there is none."""
+    options_column: str = "options"
+    """Column of the list of choices."""
+    answer_column: str = "answer"
+    """Column of the right one: its number from 0, its letter, or its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingFlags:
+    """Answer selection and retrieval"""
+
+    k: int | None = field(default=None, metadata={"alias": "-k"})
+    """answer_selection: candidates that one row holds, scored together. Default: each candidate alone."""
+    classification_head_type: Literal["IE_1", "IE_k", "AE_1", "AE_k", "RE_k"] = "RE_k"
+    """With k, what the scores are read from: see docs/pipelines.md."""
+    separated: bool = False
+    """With k: every text has its own max_sequence_length tokens, in place of all in one."""
+    pad_to_k: bool = False
+    """With k: queries with fewer candidates are filled up; otherwise they are an error."""
+    grouping: Literal["fixed", "random"] = "fixed"
+    """With k: rows of k candidates in the order of the data, or drawn anew for every epoch."""
+    selection: Literal["best", "worst"] | None = None
+    """With k: take the k best or worst candidates of a query by scores_column, in place of all."""
+    scores_column: str | None = None
+    """With selection: column of the scores."""
+    extended_token_type_ids: tuple[int, ...] | None = None
+    """Token type of each text, in place of the tokenizer's own."""
+    metrics_empty_target_action: Literal["skip", "neg", "pos", "error"] = "skip"
+    """What a query without a right answer counts: nothing, 0, 1, or an error."""
+    loss_fn: Literal[
+        "contrastive_loss", "online_contrastive_loss", "cosine_similarity_loss", "in_batch_negatives_loss"
+    ] = "contrastive_loss"
+    """retrieval: the loss. in_batch_negatives_loss takes the other rows' texts as wrong answers."""
+    scores_fn: Literal["cosine_similarity", "dot_product_similarity"] = "cosine_similarity"
+    """retrieval: how two embeddings are compared."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """retrieval: the embedding of a text is the mean of its tokens, or the first one."""
+    margin: float = 0.5
+    """retrieval: distance from which on a wrong pair costs nothing."""
+    temperature: float = 0.05
+    """retrieval: divides the scores of in_batch_negatives_loss."""
+    sync_devices: bool = False
+    """retrieval: the texts of all processes are each other's negatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFlags:
+    """Weights of the losses of a mixture of tasks"""
+
+    masked_lm_weight: float = 1.0
+    """Weight of masked_lm."""
+    seq_class_weight: float = 1.0
+    """Weight of seq_class."""
+    token_class_weight: float = 1.0
+    """Weight of token_class."""
+    answer_selection_weight: float | None = None
+    """Weight of answer_selection. Default: seq_class_weight."""
+    question_answering_weight: float = 1.0
+    """Weight of question_answering."""
+    multiple_choice_weight: float = 1.0
+    """Weight of multiple_choice."""
+    retrieval_weight: float = 1.0
+    """Weight of retrieval."""
+
+
+TASK_GROUPS: tuple[tuple[str, type, tuple[str, ...]], ...] = tuple(
+    (str(cls.__doc__), cls, ())
+    for cls in (
+        *(ColumnFlags, MaskedLMFlags, TokenFlags, QuestionAnsweringFlags, MultipleChoiceFlags, RankingFlags),
+        WeightFlags,
+    )
+)
+
+_MASKING = (
+    *("probability", "probability_masked", "probability_replaced", "probability_unchanged"),
+    *("whole_word_masking", "exact_masking"),
+)
+_LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
+_JOINT = ("k", "classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
+_TOKEN_CLASS = ("input_column", *_LABELS, "label_scheme", "token_class_weight")
+
+# Where each task is written, and the flags that it reads.
+TASKS: dict[str, tuple[str, frozenset[str]]] = {
+    "seq_class": (
+        "funneltfm.tasks.seq_class:SeqClass",
+        frozenset({*_LABELS, "input_columns", "input_column", "regression", "extended_token_type_ids"})
+        | {"seq_class_weight"},
+    ),
+    "token_class": ("funneltfm.tasks.token_class:TokenClass", frozenset(_TOKEN_CLASS)),
+    "question_answering": (
+        "funneltfm.tasks.question_answering:QuestionAnswering",
+        frozenset({"query_column", "context_column", "answers_column", "label_column", "doc_stride"})
+        | {"max_query_length", "max_answer_length", "n_best_size", "null_threshold", "question_answering_weight"},
+    ),
+    "multiple_choice": (
+        "funneltfm.tasks.multiple_choice:MultipleChoice",
+        frozenset({"question_column", "article_column", "options_column", "answer_column", "label_smoothing"})
+        | {"multiple_choice_weight"},
+    ),
+    "answer_selection": (
+        "funneltfm.tasks.answer_selection:AnswerSelection",
+        frozenset({*_JOINT, *_LABELS, "input_columns", "index_column", "extended_token_type_ids"})
+        | {"metrics_empty_target_action", "answer_selection_weight", "seq_class_weight"},
+    ),
+    "retrieval": (
+        "funneltfm.tasks.retrieval:Retrieval",
+        frozenset({"input_columns", "label_column", "index_column", "k", "metrics_empty_target_action", "loss_fn"})
+        | {"scores_fn", "pooling", "margin", "temperature", "sync_devices", "retrieval_weight"},
+    ),
+    "masked_lm": (
+        "funneltfm.tasks.masked_lm:MaskedLM",
+        frozenset({*_MASKING, "input_columns", "input_column", "packing", "masked_lm_weight"}),
+    ),
+}
+ALIASES = {
+    "pos_tagging": "token_class",
+    "named_entity_recognition": "token_class",
+    "masked_lm_and_seq_class": "masked_lm+seq_class",
+    "masked_lm_and_answer_selection": "masked_lm+answer_selection",
+    "masked_lm_and_token_class": "masked_lm+token_class",
+}
+
+
+def task_names(pipeline: str) -> list[str]:
+    """The tasks of a pipeline: one name, several joined by +, or an older name.
+
+    >>> task_names("masked_lm_and_seq_class"), task_names("pos_tagging")
+    (['masked_lm', 'seq_class'], ['token_class'])
+    """
+    names = [ALIASES.get(name, name) for name in ALIASES.get(pipeline, pipeline).split("+")]
+    for name in names:
+        if name not in TASKS:
+            raise InputError(
+                f"pipeline {pipeline!r}: there is no task {name!r}. The tasks are {', '.join(TASKS)}; several are "
+                f"joined with +, and {', '.join(ALIASES)} are other names."
+            )
+    if len(set(names)) < len(names):
+        raise InputError(f"pipeline {pipeline!r} names a task twice.")
+    return names
+
+
+def check_task_flags(names: Sequence[str], given: frozenset[str]) -> None:
+    """An InputError for a task's flag that was given and that no task of the pipeline reads."""
+    known = frozenset[str]().union(*(reads for _, reads in TASKS.values()))
+    read = frozenset[str]().union(*(TASKS[name][1] for name in names))
+    for flag in sorted((given & known) - read):
+        readers = [name for name, (_, reads) in TASKS.items() if flag in reads]
+        raise InputError(f"--{flag} is read by {', '.join(readers)}, not by {'+'.join(names)}. Leave it out.")

@@ -1,0 +1,70 @@
+"""One encoder, and the heads of several `transformers` models on it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The encoder of a `transformers` model; a model that is one is its own."""
+    return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+
+@contextlib.contextmanager
+def replayed(model: nn.Module, hidden: Any) -> Iterator[None]:
+    """Within, the model's encoder does not compute: it says `hidden`, and the model's head works on that.
+
+    So one pass through the encoder serves several heads, and a head may be shown some of the tokens only; no head has
+    to be taken out of its model for it.
+    """
+    backbone = backbone_of(model)
+    backbone.forward = lambda *args, **kwargs: hidden
+    try:
+        yield
+    finally:
+        del backbone.forward
+
+
+def selected(hidden: Any, chosen: Tensor) -> Any:
+    """The output of an encoder as if it had seen the chosen tokens alone, in one row: (1, n, D).
+
+    chosen: (texts, T) bool.
+    """
+    return type(hidden)(last_hidden_state=hidden.last_hidden_state[chosen][None])
+
+
+class Heads(nn.Module):
+    """Models that share one encoder, by the name of their task. The largest encoder of them serves all: what it has
+    more than others (a pooler, a decoder) some head reads.
+    """
+
+    def __init__(self, models: dict[str, nn.Module]):
+        super().__init__()
+        backbones = {name: backbone_of(model) for name, model in models.items()}
+        largest = backbones[max(backbones, key=lambda name: sum(p.numel() for p in backbones[name].parameters()))]
+        for name, model in models.items():
+            if model is backbones[name]:
+                models[name] = largest
+            elif backbones[name] is not largest:
+                setattr(model, model.base_model_prefix, largest)  # type: ignore[arg-type]
+                model.tie_weights()  # type: ignore[operator]
+        self.models = nn.ModuleDict(models)
+        self._encode = self._run
+
+    @property
+    def backbone(self) -> nn.Module:
+        return backbone_of(next(iter(self.models.values())))
+
+    def _run(self, **inputs: Tensor) -> Any:
+        return self.backbone(**inputs)
+
+    def compile_backbone(self) -> None:
+        """From now on the encoder runs compiled, the heads as before."""
+        self._encode = torch.compile(self._run, dynamic=True)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        """The encoder's output for input_ids, attention_mask and token_type_ids, each (texts, T)."""
+        return self._encode(**inputs)

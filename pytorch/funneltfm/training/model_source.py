@@ -1,0 +1,167 @@
+"""From flags to a tokenizer, a config and a model with heads, for every architecture that has Auto classes."""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from funneltfm.data.text import get_text_tokenizer
+from funneltfm.errors import InputError, brief
+from funneltfm.tasks.base import Task
+from funneltfm.tasks.heads import Heads
+from funneltfm.training.config import Args
+
+log = logging.getLogger(__name__)
+
+# --model by its older name -> model_type of transformers; all others are called alike.
+MODEL_TYPES = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta", "funnel": "funnel_tfm"}
+# Their positions begin after the padding id.
+_POSITIONS_AFTER_PAD = {"roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer"}
+
+
+def load_tokenizer(args: Args, tasks: Sequence[Task]) -> Any:
+    """The tokenizer that --pre_trained_tokenizer names, or that of the model or config."""
+    path = args.pre_trained_tokenizer or _of_task(args.pre_trained_model, tasks[0].name) or args.pre_trained_config
+    if path is None:
+        raise InputError(
+            "name the tokenizer: --pre_trained_tokenizer (a folder, a tokenizer.json, a vocab.txt, or a name on the "
+            "hub), or a --pre_trained_model that has one."
+        )
+    tokenizer = get_text_tokenizer(path)
+    if any(task.words for task in tasks) and getattr(tokenizer, "add_prefix_space", True) is False:
+        tokenizer = get_text_tokenizer(path, add_prefix_space=True)
+    if any(task.corrupts for task in tasks) and tokenizer.mask_token_id is None:
+        raise InputError(f"the tokenizer {path} has no mask token, which masked language modelling needs.")
+    return tokenizer
+
+
+def load_config(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Any:
+    """The model's config. Keys of --additional_config_kwargs win; from scratch the tokenizer decides the vocabulary."""
+    import transformers
+
+    wanted = None if args.model is None else MODEL_TYPES.get(args.model, args.model)
+    source = args.pre_trained_config or _of_task(args.pre_trained_model, tasks[0].name)
+    if source is not None:
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+        except Exception as error:  # transformers and the hub raise all kinds
+            raise InputError(
+                f"cannot load a config from {source}: {brief(' '.join(str(error).split()), 500)}. It must be a folder "
+                "with a config.json, such a file, or a name on the hub; `funneltfm convert-ckpt` makes one of an "
+                "original Funnel checkpoint."
+            ) from error
+        if wanted is not None and config.model_type != wanted:
+            raise InputError(f"--model={args.model}, but {source} is of the type {config.model_type}.")
+    elif wanted is None:
+        raise InputError("name the model: --pre_trained_model; or --pre_trained_config or --model, from scratch.")
+    else:
+        if wanted not in transformers.CONFIG_MAPPING:
+            close = difflib.get_close_matches(wanted, list(transformers.CONFIG_MAPPING), n=3)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            raise InputError(f"--model={args.model}: transformers has no such architecture.{hint}")
+        config = transformers.AutoConfig.for_model(wanted)
+    return _adjusted(config, args, tokenizer)
+
+
+def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
+    more = additional_kwargs(args.additional_config_kwargs)
+    for key in more:
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise InputError(f"--additional_config_kwargs: a {config.model_type} config has no {key!r}.{hint}")
+    if args.pre_trained_model is None:
+        more.setdefault("vocab_size", len(tokenizer))
+        for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
+            key = f"{name}_token_id"
+            if (value := getattr(tokenizer, key, None)) is not None and hasattr(config, key):
+                more.setdefault(key, value)
+    try:
+        config = type(config).from_dict(config.to_dict() | more)
+    except InputError:
+        raise
+    except Exception as error:  # configs check themselves in their own ways
+        raise InputError(f"--additional_config_kwargs: {brief(' '.join(str(error).split()), 500)}") from error
+    if config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} pieces, the model {config.vocab_size}: they do not belong together."
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type in _POSITIONS_AFTER_PAD:
+        limit -= config.pad_token_id + 1
+    if limit is not None and 0 < limit < args.max_sequence_length:
+        raise InputError(
+            f"--max_sequence_length={args.max_sequence_length}, but the model takes {limit} tokens. Lower it, or from "
+            f"scratch give --additional_config_kwargs max_position_embeddings=N."
+        )
+    return config
+
+
+def additional_kwargs(words: Sequence[str]) -> dict[str, Any]:
+    """key=value words; values are read as YAML, so that 0.0 is a number and true a truth value.
+
+    >>> additional_kwargs(["hidden_size=64", "hidden_act=gelu", "block_size='4_4_4'"])
+    {'hidden_size': 64, 'hidden_act': 'gelu', 'block_size': '4_4_4'}
+    """
+    result = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--additional_config_kwargs takes key=value; got {word!r}.")
+        try:
+            result[key] = _yaml_value(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--additional_config_kwargs: {key} has the value {value!r}, which is no YAML.") from error
+    return result
+
+
+def _yaml_value(text: str) -> Any:
+    """YAML 1.1 takes 2_2_2 for 222, and 1e-3 for text; neither is meant here."""
+    if "_" in text and text.replace("_", "").isdigit():
+        return text
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value) if value.lstrip("+-")[:1].isdigit() else value
+        except ValueError:
+            return value
+    return value
+
+
+def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
+    """The encoder with a head for every task: from a checkpoint, or from scratch."""
+    models: dict[str, nn.Module] = {}
+    base = load_config(args, tasks, tokenizer)
+    for task in tasks:
+        config = type(base).from_dict(base.to_dict() | task.model_config())
+        try:
+            models[task.name] = task.make_model(_of_task(args.pre_trained_model, task.name), config)
+        except InputError:
+            raise
+        except Exception as error:  # the same
+            raise InputError(
+                f"cannot make a model for {task.name} of {args.pre_trained_model or base.model_type}: "
+                f"{brief(' '.join(str(error).split()), 500)}"
+            ) from error
+    heads = Heads(models)
+    if args.gradient_checkpointing:
+        heads.backbone.gradient_checkpointing_enable()  # type: ignore[operator]
+    if args.compile:
+        heads.compile_backbone()
+    return heads
+
+
+def _of_task(source: str | None, task: str) -> str | None:
+    """The folder of a task in that of a mixture, where `source` is one."""
+    if source is not None and (Path(source) / task / "config.json").is_file():
+        return str(Path(source) / task)
+    return source
+
+
+def model_name(args: Args) -> str:
+    """What a run is called by default."""
+    return args.model or Path(args.pre_trained_model or args.pre_trained_config or "model").name

@@ -1,0 +1,201 @@
+"""The folders of a pipeline's run, and the models that it leaves in them."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning import Callback
+
+from funneltfm.errors import InputError
+from funneltfm.files import write_json, write_text
+from funneltfm.tasks.base import Task
+from funneltfm.tasks.heads import Heads
+from funneltfm.training import ranks
+from funneltfm.training.config import Args
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run writes: output_dir/{checkpoints,pre_trained_models,predictions,runs,tensorboard}/NAME."""
+
+    root: Path
+    name: str
+
+    @property
+    def run(self) -> Path:
+        """config.yaml, metrics.csv, results.json, log.txt."""
+        return self.root / "runs" / self.name
+
+    @property
+    def config(self) -> Path:
+        return self.run / "config.yaml"
+
+    @property
+    def results(self) -> Path:
+        return self.run / "results.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints" / self.name
+
+    @property
+    def resumable(self) -> list[Path]:
+        """Where a checkpoint to resume from may be, from new to old."""
+        return [self.checkpoints / name for name in ("next.ckpt", "last.ckpt", "previous.ckpt")]
+
+    @property
+    def models(self) -> Path:
+        return self.root / "pre_trained_models" / self.name
+
+    @property
+    def best(self) -> Path:
+        return self.models / "best"
+
+    @property
+    def predictions(self) -> Path:
+        return self.root / "predictions" / self.name
+
+    def _folders(self) -> list[Path]:
+        return [self.run, self.checkpoints, self.models, self.predictions, self.root / "tensorboard" / self.name]
+
+    def prepare(self, resume: bool, overwrite: bool) -> None:
+        """Make sure that a new run meets no old one. Raises InputError where it would."""
+        there = [folder for folder in self._folders() if folder.exists()]
+        if resume:
+            for folder in there:  # what a killed run has left half written
+                for path in [*folder.glob(".*.tmp*"), *folder.glob("*.half")]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        elif overwrite:
+            for folder in there:
+                shutil.rmtree(folder)
+        elif there:
+            raise InputError(
+                f"there is a run named {self.name} in {self.root} already. Give --resume to go on with it, --overwrite "
+                f"to remove it, or another --name."
+            )
+
+
+def check_name(name: str) -> str:
+    """A name of one folder."""
+    if not re.fullmatch(r"[\w.=+-]+", name) or name in (".", ".."):
+        raise InputError(f"name must be usable as a folder: letters, digits and . _ - + =; got {name!r}.")
+    return name
+
+
+def save_model(heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, folder: Path) -> None:
+    """Write a folder that AutoModelFor... and `funneltfm predict` load; of a mixture, one folder for each task in it.
+
+    It appears under its name when it is whole.
+    """
+    half = folder.with_name(f"{folder.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    transformers.utils.logging.disable_progress_bar()
+    for task in tasks:
+        target = half if len(tasks) == 1 else half / task.name
+        target.mkdir(parents=True)
+        heads.models[task.name].save_pretrained(target)  # type: ignore[operator]
+        tokenizer.save_pretrained(target)
+    state: dict[str, Any] = {task.name: task.state() for task in tasks}
+    write_json(half / "hyperparameters.json", {"flags": given_flags(args), "tasks": state})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(half, folder)
+
+
+def save_final_model(
+    heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, outputs: Outputs, step: int
+) -> None:
+    """Write the model of the last step as ckpt_epoch_E_step_S_final, or rename it, where it is there already."""
+    same = next(outputs.models.glob(f"ckpt_epoch_*_step_{step}"), None)
+    if same is not None:
+        os.replace(same, same.with_name(f"{same.name}_final"))
+    else:
+        save_model(heads, tasks, tokenizer, args, outputs.models / f"ckpt_step_{step}_final")
+
+
+def given_flags(args: Args) -> dict[str, Any]:
+    """The flags that were set on purpose; tuples as lists."""
+    flags = {name: getattr(args, name) for name in sorted(args.given)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+
+
+class SaveModels(Callback):
+    """Writes ckpt_epoch_E_step_S folders: at validations, at ends of epochs, and every `checkpoint_interval` steps."""
+
+    def __init__(self, outputs: Outputs, tokenizer: Any, args: Args):
+        self.outputs, self.tokenizer, self.args = outputs, tokenizer, args
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self.args.no_val_checkpointing:
+            self._save(trainer, module)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if not self.args.no_epoch_checkpointing:
+            self._save(trainer, module)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = self.args.checkpoint_interval
+        if every and trainer.global_step and trainer.global_step % every == 0:
+            self._save(trainer, module)
+
+    def _save(self, trainer: lightning.Trainer, module: Any) -> None:
+        if not ranks.is_main() or self.args.save_total_limit == 0:
+            return
+        folder = self.outputs.models / f"ckpt_epoch_{trainer.current_epoch}_step_{trainer.global_step}"
+        if folder.exists():
+            return
+        save_model(module.heads, module.tasks, self.tokenizer, self.args, folder)
+        if self.args.save_total_limit is not None:
+            folders = self.outputs.models.iterdir()
+            numbered = [(int(m[1]), path) for path in folders if (m := _STEP.fullmatch(path.name))]
+            for _, path in sorted(numbered)[: -self.args.save_total_limit]:
+                shutil.rmtree(path)
+
+
+_STEP = re.compile(r"ckpt_epoch_\d+_step_(\d+)")
+
+
+def model_card(args: Args, results: dict[str, Any]) -> str:
+    """README.md of a model: what it does, how it was made, what it scores."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [{', '.join(args.pipeline.replace('+', ' ').split())}]",
+        "---",
+        "",
+        f"# {results['name']}",
+        "",
+        f"Trained by `funneltfm train --pipeline {args.pipeline}` from "
+        f"{args.pre_trained_model or 'scratch'}: {results['parameters']:,} parameters, {results['steps']} steps.",
+        "",
+        "| split | score | value |",
+        "|---|---|---|",
+    ]
+    for split in ("valid", "test"):
+        lines += [f"| {split} | {name} | {value:.4f} |" for name, value in results.get(split, {}).items()]
+    lines += ["", "Flags:", "", "```yaml"]
+    lines += [f"{name}: {value}" for name, value in given_flags(args).items()]
+    return "\n".join([*lines, "```", ""])
+
+
+def write_model_card(folder: Path, args: Args, results: dict[str, Any]) -> None:
+    write_text(folder / "README.md", model_card(args, results))
+
+
+def best_state(outputs: Outputs) -> dict[str, torch.Tensor]:
+    """Weights of the best model of a run, by their names in the training module."""
+    from funneltfm.training.checkpoint_io import WholeCheckpoints
+
+    path = outputs.checkpoints / "best.ckpt"
+    return WholeCheckpoints().load_checkpoint(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -1,0 +1,143 @@
+"""The training engine's view of a pipeline: a LightningModule that holds one encoder with heads, and their tasks."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funneltfm.data.features import Batch, Features
+from funneltfm.errors import InputError
+from funneltfm.tasks.base import Record, Row, Task
+from funneltfm.tasks.heads import Heads
+from funneltfm.training import ranks
+from funneltfm.training.optimizers import make_optimizer, make_scheduler
+from funneltfm.training.pipeline import ExactResume
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data of a stage."""
+
+    name: str
+    """train, valid, test or predict."""
+    rows: Sequence[Row]
+    features: Features
+
+    def labelled(self, task: Task) -> bool:
+        """Whether the task can be scored on it."""
+        if task.corrupts:
+            return True
+        return any(name.startswith(f"{task.name}_") for name in (*self.features.plain, *self.features.ragged))
+
+
+class TaskModule(ExactResume):
+    """Trains the heads of `tasks` on one encoder and scores them.
+
+    splits: those that evaluations are made on, by name. `stage` says which one an evaluation is of (Lightning's
+    validation is "valid"); after it, `scores[stage]` has its metrics, TASK/METRIC, and `records[stage]` what each task
+    kept of every example, by its index. Splits are dealt to the processes; every process ends with the results of all.
+
+    total_steps, steps_per_epoch: optimizer steps of the run, None where it has no end, and of an epoch; to be set
+    before training. (Lightning's own estimate makes the loaders before their state is restored, which is then lost.)
+    """
+
+    def __init__(self, heads: Heads, tasks: Sequence[Task], args: Any, splits: dict[str, Split]):
+        super().__init__()
+        self.heads = heads
+        self.tasks = tasks
+        self.args = args
+        self.splits = splits
+        self.stage = "valid"
+        self.total_steps: int | None = None
+        self.steps_per_epoch = 0
+        self.monitor: str | None = None  # a score that every validation must have
+        self.scores: dict[str, dict[str, float]] = {}
+        self.records: dict[str, dict[str, dict[int, Record]]] = {}
+        self.train_scores: dict[str, float] = {}
+        self._kept: dict[str, dict[int, Record]] = {}
+
+    def weight(self, task: Task) -> float:
+        """Of the task's loss in that of the pipeline."""
+        if len(self.tasks) == 1:
+            return 1.0
+        weight = getattr(self.args, f"{task.name}_weight")
+        return self.args.seq_class_weight if weight is None else weight
+
+    # ---- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        hidden = self.heads(batch["inputs"])
+        logits = {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in self.tasks}
+        losses = {task.name: task.loss(logits[task.name], batch) for task in self.tasks}
+        loss = sum((self.weight(task) * losses[task.name] for task in self.tasks), torch.zeros((), device=self.device))
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.train_scores = {f"train/{name}/loss": value.item() for name, value in losses.items()}
+            with torch.no_grad():
+                for task in self.tasks:
+                    for name, value in task.train_scores(logits[task.name].detach(), batch).items():
+                        self.train_scores[f"train/{task.name}/{name}"] = value
+        return loss * batch["weight"]
+
+    # ---- evaluation: validation, test and prediction are the same
+
+    def scored(self) -> list[Task]:
+        """The tasks of an evaluation. In a mixture the input is clean: one that corrupts has nothing to say."""
+        return [task for task in self.tasks if len(self.tasks) == 1 or not task.corrupts]
+
+    def on_validation_epoch_start(self) -> None:
+        self._kept = {task.name: {} for task in self.scored()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        hidden = self.heads(batch["inputs"])
+        for task in self.scored():
+            logits = task.logits(self.heads.models[task.name], hidden, batch)
+            records = task.record(logits, batch)
+            self._kept[task.name].update(zip(batch["index"].tolist(), records, strict=True))
+
+    def on_validation_epoch_end(self) -> None:
+        split = self.splits[self.stage]
+        self.scores[self.stage], self.records[self.stage] = {}, {}
+        for task in self.scored():
+            records = _gathered(self._kept[task.name])
+            self.records[self.stage][task.name] = records
+            if not split.labelled(task):
+                continue
+            scores = task.score(list(records.values()), split.features.take(list(records)), split.rows)
+            for name, value in scores.items():
+                if not np.isfinite(value):
+                    at = f"step {self.global_step}"
+                    ranks.fail(
+                        InputError(
+                            f"{self.stage}/{task.name}/{name} is {value} at {at}. Training has diverged, or the model "
+                            f"is damaged: lower --learning_rate."
+                        )
+                    )
+                self.scores[self.stage][f"{task.name}/{name}"] = value
+        self._kept = {}
+        named = {f"{self.stage}/{name}": value for name, value in self.scores[self.stage].items()}
+        if self.stage == "valid" and self.monitor is not None and self.monitor not in named:
+            ranks.fail(InputError(f"--monitor={self.monitor} is none of the scores: {', '.join(named)}."))
+        self.log_dict(named, logger=False)  # every process has the same
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    # ---- optimizer
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.heads, self.args)
+        schedule = make_scheduler(optimizer, self.args, self.total_steps, self.steps_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _gathered(own: dict[int, Record]) -> dict[int, Record]:
+    """The records of all processes by index, in order; an example that came twice is taken once."""
+    together = {index: record for part in ranks.gather(own) for index, record in part.items()}
+    return dict(sorted(together.items()))

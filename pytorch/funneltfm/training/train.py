@@ -1,0 +1,595 @@
+"""Train any encoder on any pipeline: from flags to folders. `funneltfm train` is a door to it."""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import platform
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from funneltfm.data.batching import StepSampler
+from funneltfm.data.columns import filtered
+from funneltfm.data.features import Features, TrainLoader, eval_loader
+from funneltfm.data.sources import Mixture, Rows, concatenate, open_rows, shard
+from funneltfm.data.text import TextEncoder
+from funneltfm.errors import InputError, Stopped
+from funneltfm.files import read_json, write_json, write_text
+from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, make_tasks
+from funneltfm.training import ranks
+from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun
+from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
+from funneltfm.training.config import Args, read_yaml, typed_args
+from funneltfm.training.launch import start_here
+from funneltfm.training.model_source import load_tokenizer, make_heads, model_name
+from funneltfm.training.outputs import (
+    Outputs,
+    SaveModels,
+    best_state,
+    check_name,
+    given_flags,
+    save_final_model,
+    save_model,
+    write_model_card,
+)
+from funneltfm.training.precision import AmpPrecision
+from funneltfm.training.predictions import write_rows
+from funneltfm.training.runlog import log_file, log_ranks, quiet
+from funneltfm.training.task_module import Split, TaskModule
+from funneltfm.training.train_config import PREDICT_GROUPS, make_predict_args, make_train_args
+
+log = logging.getLogger(__name__)
+
+# Flags that change neither what is learned nor in which order, so a resumed run may have others.
+_FREE_ON_RESUME = {
+    *("resume", "ckpt_path", "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
+    *("checkpoint_interval", "no_val_checkpointing", "no_epoch_checkpointing", "loggers", "enable_progress_bar"),
+    *("predict_dataset", "predict_config", "predict_filter", "predict_shard_dataset", "profiler", "output_dir", "name"),
+    *("test_dataset", "test_config", "test_filter", "test_shard_dataset", "max_time"),
+}
+
+
+def train(**flags: Any) -> dict[str, Any]:
+    """Run with flags by name, as `funneltfm train` does from the command line; returns what results.json holds."""
+    return run(make_train_args(**flags))
+
+
+def run(args: Args) -> dict[str, Any]:
+    """One run, or one for every seed."""
+    args = copy.copy(args)
+    args.name = check_name(args.name or f"{args.pipeline}-{model_name(args)}")
+    if args.seeds is not None:
+        return _over_seeds(args)
+    outputs = Outputs(Path(args.output_dir), args.name)
+    if args.resume:
+        args = with_run_flags(args, outputs)
+    with _processes(args, ["train", *_words(given_flags(args))]) as here:
+        if here:
+            return _run(args, outputs)
+    return json.loads(outputs.results.read_text(encoding="utf-8"))
+
+
+def predict(**flags: Any) -> list[dict[str, Any]]:
+    """Predict with a model that `train` has left, with the flags of `funneltfm predict`; returns the rows, and writes
+    them to output_file where that is given.
+    """
+    for name in ("pre_trained_model", "predict_dataset"):
+        if not flags.get(name):
+            raise InputError(f"--{name} is missing: prediction needs a model and data.")
+    typed_args(PREDICT_GROUPS, "predict", flags)
+    args = make_predict_args(_hyperparameters(flags["pre_trained_model"])["flags"], flags)
+    output = flags.get("output_file")
+    with _processes(args, ["predict", *_words(flags)]) as here:
+        if here:
+            return _predict(args, output)
+    return [] if output is None else [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
+
+
+@contextlib.contextmanager
+def _processes(args: Args, words: Sequence[str]) -> Iterator[bool]:
+    """Whether this process does the work, which the processes of a launcher do together; if more than one is wanted
+    and none was launched, they are started here, and have done it.
+    """
+    place = ranks.find_place(1, 0, None)
+    n = _devices(args)
+    if place is None and n > 1:
+        start_here(list(words), n)
+        yield False
+        return
+    cuda = torch.cuda.is_available() and args.accelerator in ("auto", "gpu", "cuda")
+    with ranks.joined(place, "nccl" if cuda else "gloo"), log_ranks(everyone=False):
+        yield True
+
+
+def _over_seeds(args: Args) -> dict[str, Any]:
+    """A run for every seed, and what they have in common."""
+    runs = []
+    for seed in args.seeds:
+        one = copy.copy(args)
+        one.seed, one.seeds, one.name = seed, None, f"{args.name}-seed_{seed}"
+        one.given = args.given - {"seeds"} | {"seed", "name"}
+        done = Outputs(Path(args.output_dir), one.name).results
+        finished = args.resume and done.is_file()
+        if args.resume and not finished and not Outputs(Path(args.output_dir), one.name).run.exists():
+            one.resume = False
+        runs.append(json.loads(done.read_text(encoding="utf-8")) if finished else run(one))
+    results: dict[str, Any] = {"name": args.name, "seeds": list(args.seeds)}
+    for split in ("valid", "test"):
+        scores = [one[split] for one in runs if split in one]
+        results |= {split: {name: _spread([s[name] for s in scores]) for name in scores[0]}} if scores else {}
+    outputs = Outputs(Path(args.output_dir), args.name)
+    write_json(outputs.results, results)
+    lines = [f"{len(runs)} seeds", "", "| split | score | mean | spread | min | max |", "|---|---|---|---|---|---|"]
+    for split in ("valid", "test"):
+        for name, s in results.get(split, {}).items():
+            lines.append(f"| {split} | {name} | {s['mean']:.4f} | {s['std']:.4f} | {s['min']:.4f} | {s['max']:.4f} |")
+    write_text(outputs.run / "results.md", "\n".join([*lines, ""]))
+    log.info("\n%s", "\n".join(lines))
+    return results
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "min": min(values), "max": max(values)}
+
+
+def with_run_flags(args: Args, outputs: Outputs) -> Args:
+    """Resuming needs no more than the run's name: what was not given now is taken from its config.yaml."""
+    if not outputs.config.is_file():
+        raise InputError(f"there is no run named {outputs.name} in {outputs.root} to go on with.")
+    saved = read_yaml(outputs.config, "the flags of the run in")
+    if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
+        raise InputError(f"{outputs.config} must hold the flags of the run: `name: value` lines.")
+    given = given_flags(args)
+    for key in sorted(args.given - _FREE_ON_RESUME):
+        if given[key] != saved.get(key, given[key] if key == "pipeline" else None):
+            raise InputError(
+                f"the run {outputs.name} was started with --{key}={saved.get(key, 'its default')}, so it cannot go on "
+                f"with --{key}={given[key]}. Leave the flag out, or start another run."
+            )
+    try:
+        return make_train_args(**(saved | given))
+    except InputError as error:
+        raise InputError(f"in {outputs.config}: {error}") from error
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    """Flags as a command line."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _devices(args: Args) -> int:
+    """How many processes --devices asks for on this machine."""
+    on_cpu = args.accelerator == "cpu" or (args.accelerator == "auto" and not torch.cuda.is_available())
+    if args.devices == "auto" or args.devices == "-1":
+        return 1 if on_cpu or args.accelerator == "mps" else max(1, torch.cuda.device_count())
+    count = args.devices.strip(",").count(",") + 1 if "," in args.devices else args.devices
+    try:
+        return max(1, int(count))
+    except ValueError as error:
+        raise InputError(f"devices must be a number, numbers with commas, or auto; got {args.devices!r}.") from error
+
+
+# ---- one run
+
+
+def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
+    lightning.seed_everything(args.seed, verbose=False)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # to which Lightning's strategies would put every process back
+    tasks, text = _tasks(args)
+    tokenizer = text.tokenizer
+    splits, draw = ranks.main_first(lambda: load_splits(args, tasks, text))
+    resume_from = ranks.main_decides(lambda: _resume_from(args, outputs))
+    heads = ranks.main_first(lambda: make_heads(args, tasks, tokenizer))
+    if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
+        torch.manual_seed(args.seed + ranks.rank())
+    if ranks.is_main() and not args.fast_dev_run:
+        outputs.prepare(args.resume, args.overwrite)
+        write_text(outputs.config, yaml.safe_dump(given_flags(args) | {"resume": False}, sort_keys=False))
+    path = outputs.run / "log.txt" if ranks.is_main() and not args.fast_dev_run else None
+    with log_file(path, append=args.resume), quiet():
+        n_param = sum(p.numel() for p in heads.parameters())
+        sizes = ", ".join(f"{len(split.features)} {name}" for name, split in splits.items())
+        log.info("%s: %s examples; %s parameters; %s", args.name, sizes, f"{n_param:,}", outputs.run)
+        module = TaskModule(heads, tasks, args, splits)
+        results: dict[str, Any] = {"name": args.name, "pipeline": args.pipeline, "seed": args.seed}
+        if "train" in splits:
+            results |= _fit(args, module, text, outputs, draw, resume_from)
+        for stage in [name for name in splits if name != "train"]:
+            evaluate(args, module, text, stage)
+            if stage == "valid":
+                for task in module.scored():
+                    records = _of_split(module, task, stage)
+                    task.tune(*records, splits[stage].rows)
+            if module.scores[stage]:
+                results[stage] = module.scores[stage]
+        results |= {
+            "parameters": n_param,
+            "processes": ranks.size(),
+            "precision": args.precision,
+            "versions": _versions(),
+        }
+        if ranks.is_main() and not args.fast_dev_run:
+            _write(args, module, tokenizer, outputs, results)
+        if ranks.is_main():
+            log.info("\n%s\n", results_table(results))
+    return results
+
+
+def _tasks(args: Args) -> tuple[list[Task], TextEncoder]:
+    tasks = make_tasks(args.pipeline, args)
+    if args.train_dataset is None:  # what they would learn from it, the model's folder knows
+        known = _hyperparameters(args.pre_trained_model)["tasks"]
+        for task in tasks:
+            if task.name not in known:
+                raise InputError(f"{args.pre_trained_model} was trained for {', '.join(known)}, not for {task.name}.")
+            task.load_state(known[task.name])
+    tokenizer = ranks.main_first(lambda: load_tokenizer(args, tasks))
+    return tasks, TextEncoder(tokenizer, args.max_sequence_length, token_types=args.extended_token_type_ids)
+
+
+def _hyperparameters(folder: str | None) -> dict[str, Any]:
+    """What `train` has written beside a model."""
+    path = Path(folder or "") / "hyperparameters.json"
+    if folder is None or not path.is_file():
+        raise InputError(
+            "without --train_dataset the model must be trained already: give --pre_trained_model with a folder that "
+            f"`funneltfm train` has left. There is no hyperparameters.json in {folder or 'it'}."
+        )
+    content = read_json(path, "what is known of the model")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("flags", "tasks")):
+        raise InputError(f"{path} must hold an object with flags and tasks, as `funneltfm train` writes it.")
+    return content
+
+
+def _predict(args: Args, output: str | None) -> list[dict[str, Any]]:
+    tasks, text = _tasks(args)
+    splits, _ = ranks.main_first(lambda: load_splits(args, tasks, text))
+    module = TaskModule(make_heads(args, tasks, text.tokenizer), tasks, args, splits)
+    with quiet():
+        evaluate(args, module, text, "predict")
+    rows: list[dict[str, Any]] = []
+    for task in module.scored():
+        records, features = _of_split(module, task, "predict")
+        of_task = task.predict(records, features, splits["predict"].rows)
+        rows += of_task if len(module.scored()) == 1 else ({"task": task.name} | row for row in of_task)
+    if ranks.is_main():
+        if table := results_table({"predict": module.scores["predict"]} if module.scores["predict"] else {}):
+            log.info("\n%s\n", table)
+        if output is not None:
+            write_rows(Path(output), rows)
+            log.info("wrote %s", output)
+    return rows
+
+
+def _resume_from(args: Args, outputs: Outputs) -> Path | None:
+    if args.ckpt_path is not None:
+        if not Path(args.ckpt_path).is_file():
+            raise InputError(f"--ckpt_path={args.ckpt_path}: there is no such file.")
+        return Path(args.ckpt_path)
+    return newest_whole(outputs.resumable) if args.resume else None
+
+
+def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[dict[str, Split], Mixture | None]:
+    """The data of every stage that has some, and what an epoch is drawn from where datasets are mixed by weight."""
+    if not any((args.train_dataset, args.valid_dataset, args.test_dataset, args.predict_dataset)):
+        raise InputError("there is no data: give --train_dataset, --valid_dataset or --test_dataset.")
+    splits: dict[str, Split] = {}
+    mixture = None
+    if args.train_dataset is not None:
+        parts = [_rows(args, "train", source) for source in args.train_dataset]
+        rows = parts[0] if len(parts) == 1 else concatenate(parts)
+        if args.train_weights is not None:
+            mixture = Mixture(parts, args.train_weights)
+        for task in tasks:
+            task.learn(rows)
+        splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
+        for task in tasks:
+            if not task.corrupts and not splits["train"].labelled(task):
+                raise InputError(f"{rows.name} has no labels for {task.name}; training needs them.")
+        if mixture is not None and len(splits["train"].features) != len(rows):
+            raise InputError("--train_weights is for pipelines that make one example of each row.")
+    for stage in ("valid", "test", "predict"):
+        source = getattr(args, f"{stage}_dataset")
+        if source is not None:
+            rows = _rows(args, stage, source)
+            splits[stage] = Split(stage, rows, encode_rows(tasks, rows, text, rows.name))
+    return splits, mixture
+
+
+def _rows(args: Args, stage: str, source: str) -> Rows:
+    rows = open_rows(source, getattr(args, f"{stage}_config"), args.bad_rows)
+    if conditions := getattr(args, f"{stage}_filter"):
+        rows = filtered(rows, conditions)
+    n = getattr(args, f"{stage}_shard_dataset")
+    return rows if n is None else shard(rows, n)
+
+
+# ---- training
+
+
+def _loading(args: Args) -> dict[str, Any]:
+    pin = torch.cuda.is_available() and not args.disable_memory_pinning
+    return {"num_workers": args.num_workers, "pin_memory": pin, "persistent_workers": args.num_workers > 0}
+
+
+def _collate(args: Args, module: TaskModule, text: TextEncoder) -> Collate:
+    return Collate(module.tasks, text.tokenizer, args.max_sequence_length if args.pad_to_max_length else None)
+
+
+def _fit(
+    args: Args, module: TaskModule, text: TextEncoder, outputs: Outputs, draw: Mixture | None, resume_from: Path | None
+) -> dict[str, Any]:
+    """Train, and load the best weights into the module; what there is to tell about it."""
+    if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
+        raise InputError("say how long to train: --max_epochs, --max_steps or --max_time.")
+    train = module.splits["train"]
+    batches = StepSampler(
+        train.features.lengths,
+        args.batch_size,
+        args.seed,
+        args.accumulate_grad_batches,
+        ranks.rank(),
+        ranks.size(),
+        by_length=args.group_by_length,
+        draw=None if draw is None else lambda epoch: draw.epoch(args.seed, epoch),
+    )
+    prepare = Prepare(module.tasks, text, args.seed)
+    loader = TrainLoader(train.features, _collate(args, module, text), batches, prepare, args.seed, **_loading(args))
+    valid = [_eval_loader(args, module, text, "valid")] if "valid" in module.splits else None
+    main, lower = monitored(args, module.tasks)
+    if valid:
+        module.monitor = main
+    elif args.early_stopping:
+        raise InputError("--early_stopping needs --valid_dataset: it watches a score of the validation.")
+    per_epoch, total = _steps(args, len(loader))
+    module.total_steps, module.steps_per_epoch = total, per_epoch
+    advice = "lower --learning_rate, raise --num_warmup_steps, or set --gradient_clip_val"
+    ids = [str(int(row)) for row in train.features.plain["row"]]
+    metrics = outputs.run / "metrics.csv"
+    history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower)
+    save = SaveRun(outputs, args.checkpoint_interval or 0, set())
+    keeps = not args.fast_dev_run and not args.barebones
+    callbacks: list[Callback] = [history, Progress(history)] if keeps else []
+    if valid and keeps:
+        callbacks.append(_best(outputs, main, lower))
+    if valid and args.early_stopping:
+        mode = "min" if lower else "max"
+        callbacks.append(EarlyStopping(main, patience=args.patience, mode=mode, strict=True))
+    if keeps:
+        callbacks += [SaveModels(outputs, text.tokenizer, args), save]
+    if args.stochastic_weight_averaging:
+        callbacks.append(StochasticWeightAveraging(swa_lrs=args.learning_rate))
+    if args.devices_stats:
+        callbacks.append(DeviceStatsMonitor())
+    trainer = make_trainer(
+        args,
+        max_epochs=args.max_epochs,
+        min_epochs=args.min_epochs,
+        max_steps=args.max_steps,
+        min_steps=args.min_steps,
+        max_time=args.max_time,
+        limit_train_batches=args.limit_train_batches,
+        limit_val_batches=args.limit_val_batches,
+        overfit_batches=args.overfit_batches,
+        val_check_interval=args.val_check_interval,
+        check_val_every_n_epoch=args.check_val_every_n_epoch,
+        num_sanity_val_steps=0 if args.barebones else args.num_sanity_val_steps,
+        log_every_n_steps=args.log_every_n_steps,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        gradient_clip_val=args.gradient_clip_val,
+        gradient_clip_algorithm=args.gradient_clip_algorithm,
+        fast_dev_run=args.fast_dev_run,
+        barebones=args.barebones,
+        profiler=args.profiler,
+        enable_model_summary=args.enable_model_summary,
+        callbacks=callbacks,
+        logger=_loggers(args, outputs) if keeps else False,
+        plugins=[WholeCheckpoints()],
+    )
+    try:
+        with save.listening():
+            trainer.fit(module, loader, valid, ckpt_path=resume_from, weights_only=True)
+            if keeps:
+                save.leave_if_asked(trainer.global_step)
+    except Leave as leave:
+        hint = f"Saved after step {leave.step}; go on with --resume --name={args.name} --output_dir={args.output_dir}"
+        raise Stopped(leave.signum, hint) from None
+    except SystemExit:  # how Lightning leaves after a KeyboardInterrupt
+        if not ranks.is_main():
+            raise
+        raise KeyboardInterrupt(f"--resume --name={args.name} goes on from the last checkpoint.") from None
+    if not keeps:
+        return {"steps": trainer.global_step}
+    if ranks.is_main():
+        save_final_model(module.heads, module.tasks, text.tokenizer, args, outputs, trainer.global_step)
+    facts = {
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "train_seconds": round(history.train_seconds, 2),
+        "examples_per_second": round(history.examples_per_second, 1),
+    }
+    if not valid or not any(main in row for row in history.rows):
+        return facts
+    module.load_state_dict(ranks.main_decides(lambda: best_state(outputs)))
+    return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}
+
+
+def _steps(args: Args, n_batches: int) -> tuple[int, int | None]:
+    """Optimizer steps of an epoch, and of the run, where that has an end."""
+    limit = args.limit_train_batches
+    if limit is not None:
+        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+    per_epoch = max(1, -(-n_batches // args.accumulate_grad_batches))
+    ends = [per_epoch * args.max_epochs] if args.max_epochs is not None and args.max_epochs > 0 else []
+    ends += [args.max_steps] if args.max_steps > 0 else []
+    return per_epoch, min(ends, default=None)
+
+
+def monitored(args: Args, tasks: Sequence[Task]) -> tuple[str, bool]:
+    """What selects the best model, and whether less of it is better."""
+    main = args.monitor or f"valid/{tasks[0].name}/{tasks[0].main_metric}"
+    if args.monitor_direction is not None:
+        return main, args.monitor_direction == "min"
+    return main, main.rpartition("/")[2] in ("loss", "perplexity")
+
+
+def _best(outputs: Outputs, main: str, lower: bool) -> BestCheckpoint:
+    return BestCheckpoint(
+        dirpath=outputs.checkpoints,
+        filename="best",
+        monitor=main,
+        mode="min" if lower else "max",
+        save_weights_only=True,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+
+
+def _loggers(args: Args, outputs: Outputs) -> Any:
+    """Loggers beside metrics.csv, which History writes."""
+    loggers: list[Any] = []
+    if "tensorboard" in args.loggers:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        try:
+            loggers.append(TensorBoardLogger(outputs.root / "tensorboard", name=outputs.name))
+        except ImportError as error:
+            raise InputError(f"--loggers tensorboard needs TensorBoard: pip install tensorboard ({error}).") from error
+    if "wandb" in args.loggers:
+        from lightning.pytorch.loggers import WandbLogger
+
+        try:
+            loggers.append(WandbLogger(name=outputs.name, save_dir=outputs.run))
+        except ImportError as error:
+            raise InputError(f"--loggers wandb needs Weights & Biases: pip install wandb ({error}).") from error
+    for logger in loggers:
+        logger.log_hyperparams(given_flags(args))
+    return loggers or False
+
+
+def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
+    """Lightning's Trainer for the flags' devices; every process of a run makes its own."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    plugins = kwargs.pop("plugins", [])
+    on_cpu = args.accelerator == "cpu" or (
+        args.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    )
+    precision: str | None = args.precision
+    if args.precision == "16-mixed" and on_cpu:  # Lightning's own would silently be bf16 there
+        plugins, precision = [*plugins, AmpPrecision("O1", torch.float16, "cpu")], None
+    kwargs["strategy"] = args.strategy
+    if ranks.size() > 1:
+        kwargs |= {"num_nodes": ranks.size() // ranks.local_size(), "devices": ranks.local_size()}
+        plugins = [*plugins, TorchElasticEnvironment()]
+        kwargs["strategy"] = "ddp" if args.strategy == "auto" else args.strategy
+    else:
+        kwargs["devices"] = 1 if args.devices == "auto" else args.devices
+        plugins = [*plugins, LightningEnvironment()]
+    try:
+        trainer = lightning.Trainer(
+            accelerator=args.accelerator,
+            precision=precision,  # type: ignore[arg-type]
+            deterministic=args.deterministic,
+            benchmark=args.benchmark or None,
+            detect_anomaly=args.detect_anomaly,
+            sync_batchnorm=args.sync_batchnorm,
+            plugins=plugins,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,  # StepSampler deals the examples
+            **({"enable_model_summary": False, "logger": False} | kwargs),
+        )
+    except (ValueError, lightning.pytorch.utilities.exceptions.MisconfigurationException) as error:
+        raise InputError(f"Lightning's trainer does not take these flags: {error}") from error
+    # Lightning's own handlers would end a run without saving, or talk to other processes out of turn: see SaveRun.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+# ---- evaluation
+
+
+def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> Any:
+    alone = len(module.tasks) == 1
+    return eval_loader(
+        module.splits[stage].features,
+        _collate(args, module, text),
+        args.eval_batch_size or args.batch_size,
+        ranks.rank(),
+        ranks.size(),
+        Prepare(module.tasks, text, args.seed) if alone else None,  # a mixture is scored on clean input
+        **_loading(args),
+    )
+
+
+def evaluate(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> None:
+    """Score a split: leaves module.scores[stage] and module.records[stage]."""
+    module.stage = stage
+    limit = getattr(args, f"limit_{'val' if stage == 'valid' else stage}_batches")
+    trainer = make_trainer(args, enable_checkpointing=False, limit_test_batches=limit, fast_dev_run=args.fast_dev_run)
+    try:
+        trainer.test(module, _eval_loader(args, module, text, stage), verbose=False)
+    except SystemExit:  # how Lightning leaves after a KeyboardInterrupt
+        raise KeyboardInterrupt("Training is saved; --resume goes on with what comes after it.") from None
+    finally:
+        module.stage = "valid"
+
+
+def _of_split(module: TaskModule, task: Task, stage: str) -> tuple[list[Record], Features]:
+    records = module.records[stage][task.name]
+    return list(records.values()), module.splits[stage].features.take(list(records))
+
+
+# ---- what is written
+
+
+def _write(args: Args, module: TaskModule, tokenizer: Any, outputs: Outputs, results: dict[str, Any]) -> None:
+    write_json(outputs.results, results)
+    if "train" in module.splits:
+        save_model(module.heads, module.tasks, tokenizer, args, outputs.best)
+        write_model_card(outputs.best, args, results)
+    for stage, by_task in module.records.items():
+        for task in module.scored():
+            if task.name in by_task:
+                suffix = f"-{task.name}" if len(module.scored()) > 1 else ""
+                path = outputs.predictions / f"{stage}{suffix}.jsonl"
+                records, features = _of_split(module, task, stage)
+                write_rows(path, task.predict(records, features, module.splits[stage].rows))
+                log.info("wrote %s", path)
+    log.info("everything is in %s", outputs.run)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    packages = {"torch": torch, "lightning": lightning, "transformers": transformers}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in packages.items()}
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Scores as a Markdown table; those of single classes are left to results.json."""
+    splits = [split for split in ("valid", "test", "predict") if split in results]
+    if not splits:
+        return ""
+    names = [name for name in results[splits[0]] if "_class_" not in name.rpartition("/")[2]]
+    lines = ["| score | " + " | ".join(splits) + " |", "|---" * (len(splits) + 1) + "|"]
+    for name in names:
+        cells = (f"{results[split][name]:.4f}" if name in results[split] else "" for split in splits)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

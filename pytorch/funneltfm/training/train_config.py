@@ -1,0 +1,332 @@
+"""The flags of `funneltfm train`: those of the tasks, the data, the model, Lightning's trainer, optimizers, the run."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from funneltfm.errors import InputError
+from funneltfm.tasks.flags import TASK_GROUPS, check_task_flags, task_names
+from funneltfm.training.config import Args, Group, flag_fields, typed_args
+from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFlags:
+    """The pipeline"""
+
+    pipeline: str | None = None
+    """What to learn: seq_class, token_class (pos_tagging, named_entity_recognition), question_answering,
+    multiple_choice, answer_selection, retrieval, masked_lm, or several joined with +, such as masked_lm+seq_class.
+    """
+    name: str | None = None
+    """Name of the run, and of its folders in output_dir. Default: PIPELINE-MODEL."""
+    output_dir: str = "outputs"
+    """Folder for tensorboard/NAME, checkpoints/NAME, pre_trained_models/NAME, predictions/NAME and runs/NAME."""
+    overwrite: bool = False
+    """Remove the run of this name first, and start anew."""
+    resume: bool = False
+    """Go on with the run of this name from its last checkpoint."""
+    ckpt_path: str | None = None
+    """Go on from this checkpoint instead, a .ckpt of an equal run."""
+    seed: int = 1337
+    """Seed of initialisation, data order, masks and dropout."""
+    seeds: tuple[int, ...] | None = None
+    """Several seeds: one run each, NAME-seed_N, and a table of means and spreads."""
+    debug: bool = False
+    """Show where in the code an error arises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The model"""
+
+    model: str | None = None
+    """Architecture: bert, roberta, deberta, deberta_v2, electra, albert, distilbert, camembert, xlm_roberta,
+    modernbert, funnel, or another of transformers. Needed only where neither a model nor a config is given.
+    """
+    pre_trained_model: str | None = None
+    """Checkpoint to start from: a folder, or a name on the hub. It implies config and tokenizer."""
+    pre_trained_tokenizer: str | None = None
+    """Tokenizer: a folder, a name, a tokenizer.json, or a vocab.txt."""
+    pre_trained_config: str | None = None
+    """Config: a folder, a config.json, or a name. Alone it means training from scratch."""
+    additional_config_kwargs: tuple[str, ...] = ()
+    """Keys of the config to set, as in hidden_size=128 hidden_dropout_prob=0.0; values are read as YAML."""
+    max_sequence_length: int = 128
+    """Longest input in tokens, special ones included."""
+    gradient_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: less memory, more time."""
+    compile: bool = False
+    """Compile the encoder with torch.compile."""
+    dynamo_fallback_eager: bool = False
+    """With compile: where it fails, run uncompiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFlags:
+    """The data"""
+
+    train_dataset: tuple[str, ...] | None = None
+    """Training data: .jsonl, .csv, .tsv, .parquet, .json, .txt, CoNLL files, folders of Hugging Face datasets, or
+    names on the hub with the split (name/train). Several are mixed. A stage without data is left out.
+    """
+    train_config: str | None = None
+    """Configuration of a dataset on the hub."""
+    train_weights: tuple[float, ...] | None = None
+    """Shares of several train_dataset in an epoch. Default: each row once."""
+    train_filter: tuple[str, ...] = ()
+    """Rows to keep for training, such as "label != 2" "len(text) > 20"; all conditions hold."""
+    train_shard_dataset: int | None = None
+    """Keep every n-th training row only."""
+    valid_dataset: str | None = None
+    """Validation data; it selects the best model."""
+    valid_config: str | None = None
+    """Its configuration on the hub."""
+    valid_filter: tuple[str, ...] = ()
+    """Rows to keep for validation."""
+    valid_shard_dataset: int | None = None
+    """Keep every n-th validation row only."""
+    test_dataset: str | None = None
+    """Test data; the best model is scored on it at the end."""
+    test_config: str | None = None
+    """Its configuration on the hub."""
+    test_filter: tuple[str, ...] = ()
+    """Rows to keep for testing."""
+    test_shard_dataset: int | None = None
+    """Keep every n-th test row only."""
+    predict_dataset: str | None = None
+    """Data to predict with the best model at the end, labels or not."""
+    predict_config: str | None = None
+    """Its configuration on the hub."""
+    predict_filter: tuple[str, ...] = ()
+    """Rows to keep for prediction."""
+    predict_shard_dataset: int | None = None
+    """Keep every n-th row for prediction only."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a broken row of a text file: stop, or skip it and say how many were skipped."""
+    batch_size: int = 32
+    """Examples in a batch, per device."""
+    eval_batch_size: int | None = None
+    """Examples in a batch of validation, test and prediction. Default: batch_size."""
+    group_by_length: bool = True
+    """Put texts of similar lengths into the same batch, so that little is padded."""
+    pad_to_max_length: bool = False
+    """Pad every batch to max_sequence_length, not to its longest text."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the main process."""
+    disable_memory_pinning: bool = False
+    """Do not pin batches in memory on their way to a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerFlags:
+    """Lightning's trainer"""
+
+    accelerator: str = "auto"
+    """cpu, gpu, cuda, mps, or auto."""
+    strategy: str = "auto"
+    """How several devices work together: ddp, fsdp, deepspeed_stage_2, ..., or auto."""
+    devices: str = "auto"
+    """Number of devices, or their numbers (0,1), or auto: all GPUs, or one CPU process."""
+    num_nodes: int = 1
+    """Machines; start the same command on each with torchrun or SLURM."""
+    precision: str = "32-true"
+    """16-mixed, bf16-mixed, 16-true, bf16-true, 32-true or 64-true; 16 and bf16 mean mixed, 32 and 64 true."""
+    fast_dev_run: bool = False
+    """One batch of everything, nothing is saved."""
+    max_epochs: int | None = None
+    """Passes over the training data; -1 has no end."""
+    min_epochs: int | None = None
+    """Passes that early stopping must wait for."""
+    max_steps: int = -1
+    """Optimizer steps; -1 leaves it to max_epochs."""
+    min_steps: int | None = None
+    """Steps that early stopping must wait for."""
+    max_time: str | None = None
+    """Longest training time, DD:HH:MM:SS."""
+    limit_train_batches: int | float | None = None
+    """Batches of an epoch, as a number or a share (1.0 is all, 1 is one batch)."""
+    limit_val_batches: int | float | None = None
+    """Batches of a validation, as a number or a share."""
+    limit_test_batches: int | float | None = None
+    """Batches of a test, as a number or a share."""
+    limit_predict_batches: int | float | None = None
+    """Batches of a prediction, as a number or a share."""
+    overfit_batches: int | float = 0.0
+    """Train and validate on these few batches of the training data."""
+    val_check_interval: int | float | None = None
+    """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch."""
+    check_val_every_n_epoch: int | None = 1
+    """Validate every so many epochs."""
+    num_sanity_val_steps: int = 2
+    """Validation batches before training, to find errors early; -1 is all."""
+    log_every_n_steps: int = 50
+    """Steps between two lines of the training log."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients make one step."""
+    gradient_clip_val: float | None = None
+    """Largest norm (or value) of the gradient; none does not clip."""
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    """What gradient_clip_val limits."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, and fail where there is none."""
+    benchmark: bool = False
+    """Let cuDNN look for the fastest algorithms."""
+    detect_anomaly: bool = False
+    """Say which operation made a NaN in the backward pass; slow."""
+    sync_batchnorm: bool = False
+    """Batch norms over all devices."""
+    profiler: Literal["simple", "advanced"] | None = None
+    """Measure where the time goes."""
+    enable_progress_bar: bool = True
+    """Show a progress bar on a terminal."""
+    enable_model_summary: bool = False
+    """Show the model's parts and sizes."""
+    barebones: bool = False
+    """No logging, checkpoints, bars: for measuring the speed of training alone."""
+    stochastic_weight_averaging: bool = False
+    """Average the weights of the last quarter of the epochs."""
+    devices_stats: bool = False
+    """Log memory and load of the devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepFlags:
+    """What is kept"""
+
+    monitor: str | None = None
+    """The score that selects the best model and stops early, such as valid/seq_class/accuracy. Default: the
+    pipeline's own.
+    """
+    monitor_direction: Literal["min", "max"] | None = None
+    """Which end of monitor is better. Default: max, min for losses and perplexities."""
+    early_stopping: bool = False
+    """Stop when monitor has not improved in so many validations as patience says."""
+    patience: int = 5
+    """Validations without improvement that early stopping waits for."""
+    checkpoint_interval: int | None = None
+    """Save a checkpoint to resume from, and a pre_trained_models folder, every so many steps."""
+    no_val_checkpointing: bool = False
+    """No pre_trained_models folder at validations."""
+    no_epoch_checkpointing: bool = False
+    """No pre_trained_models folder at ends of epochs."""
+    save_total_limit: int | None = 2
+    """pre_trained_models folders to keep beside best and the final one; 0 keeps none, none keeps all."""
+    loggers: tuple[str, ...] = ("csv",)
+    """Where scores go: csv, tensorboard, wandb; none is no logger."""
+
+
+TRAIN_GROUPS: tuple[Group, ...] = (
+    ("The pipeline", PipelineFlags, ()),
+    ("The model", ModelFlags, ()),
+    ("The data", DatasetFlags, ()),
+    *TASK_GROUPS,
+    ("Optimizer", OptimizerFlags, ()),
+    ("Learning rate", SchedulerFlags, ()),
+    ("Lightning's trainer", TrainerFlags, ()),
+    ("What is kept", KeepFlags, ()),
+)
+_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+_PRECISIONS |= {
+    name: name for name in ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "32-true", "64-true")
+}  # fmt: skip
+_AT_LEAST_ONE = (
+    *("max_sequence_length", "batch_size", "eval_batch_size", "accumulate_grad_batches", "num_nodes", "patience"),
+    *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
+    *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
+)
+_NOT_NEGATIVE = ("num_workers", "save_total_limit", "seed", "doc_stride", "margin")
+_SHARES = ("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing")
+_LOGGERS = ("csv", "tensorboard", "wandb", "none")
+
+
+def make_train_args(**flags: Any) -> Args:
+    """Flags of `funneltfm train`, checked. Raises InputError for what is no flag, out of range, or not read by the
+    pipeline.
+    """
+    args = typed_args(TRAIN_GROUPS, "train", flags)
+    if args.pipeline is not None:
+        check_task_flags(task_names(args.pipeline), args.given)
+    elif not (args.resume and args.name):  # the run knows
+        raise InputError("say what to learn: --pipeline seq_class, for one; --help lists them.")
+    _check_ranges(args)
+    check_optimizer_flags(args)
+    if args.precision not in _PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(_PRECISIONS)}; got {args.precision!r}.")
+    args.precision = _PRECISIONS[args.precision]
+    total = args.probability_masked + args.probability_replaced + args.probability_unchanged
+    if abs(total - 1) > 1e-6:
+        raise InputError(f"probability_masked, _replaced and _unchanged must add to 1; got {total}.")
+    for logger in args.loggers:
+        if logger not in _LOGGERS:
+            raise InputError(f"loggers must be some of {', '.join(_LOGGERS)}; got {logger!r}.")
+    if args.resume and args.overwrite:
+        raise InputError("--resume goes on with the run, --overwrite removes it; give one of them.")
+    for flag, needs in (("train_weights", "train_dataset"), ("selection", "scores_column")):
+        if getattr(args, flag) is not None and getattr(args, needs) is None:
+            raise InputError(f"--{flag} needs --{needs}.")
+    if args.train_weights is not None and len(args.train_weights) != len(args.train_dataset):
+        raise InputError(
+            f"--train_weights has {len(args.train_weights)} numbers, --train_dataset {len(args.train_dataset)} names."
+        )
+    return args
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictFlags:
+    """Prediction"""
+
+    pre_trained_model: str | None = None
+    """Folder that `funneltfm train` has left: pre_trained_models/NAME/best."""
+    predict_dataset: str | None = None
+    """The data: a file, a folder, or a name on the hub, as for training; labels are not needed, but scored."""
+    predict_config: str | None = None
+    """Its configuration on the hub."""
+    predict_filter: tuple[str, ...] = ()
+    """Rows to keep."""
+    predict_shard_dataset: int | None = None
+    """Keep every n-th row only."""
+    output_file: str | None = None
+    """Where the predictions go, a row a line (jsonl)."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a broken row of a text file: stop, or skip it and say how many were skipped."""
+    batch_size: int = 32
+    """Examples in a batch, per device."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the main process."""
+    accelerator: str = "auto"
+    """cpu, gpu, cuda, mps, or auto."""
+    devices: str = "auto"
+    """Number of devices, or their numbers (0,1), or auto: all GPUs, or one CPU process."""
+    precision: str = "32-true"
+    """As for training."""
+    debug: bool = False
+    """Show where in the code an error arises."""
+
+
+PREDICT_GROUPS: tuple[Group, ...] = (("Prediction", PredictFlags, ()),)
+# Of the run that has trained a model, prediction goes by these.
+_OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence_length"}
+
+
+def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
+    """Flags of `funneltfm train` with which a trained model predicts. saved: those of its run; flags: of prediction."""
+    given = {name: value for name, value in flags.items() if name != "output_file"}
+    of_the_model = {name: value for name, value in saved.items() if name in _OF_THE_MODEL}
+    return make_train_args(**(of_the_model | given))
+
+
+def _check_ranges(args: Args) -> None:
+    for name in _AT_LEAST_ONE:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"{name} must be at least 1; got {value}.")
+    for name in _NOT_NEGATIVE:
+        if (value := getattr(args, name)) is not None and value < 0:
+            raise InputError(f"{name} must not be negative; got {value}.")
+    for name in _SHARES:
+        if not 0 <= (value := getattr(args, name)) <= 1:
+            raise InputError(f"{name} must be between 0 and 1; got {value}.")
+    for name, value in args.flags().items():
+        if name.endswith("_weight") and value is not None and value < 0:
+            raise InputError(f"{name} must not be negative; got {value}.")
+    if args.temperature <= 0:
+        raise InputError(f"temperature must be more than 0; got {args.temperature}.")

@@ -1,0 +1,286 @@
+"""`funneltfm train`: a run from flags to folders, resumed, shared by processes, repeated; what it refuses."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from funneltfm.errors import InputError
+from funneltfm.training import train as train_module
+from funneltfm.training.outputs import Outputs
+from funneltfm.training.train import predict, train
+
+GOOD, BAD = ["good", "great", "fine", "lovely", "nice"], ["bad", "awful", "poor", "nasty", "ugly"]
+FILL = ["the", "film", "was", "a", "story", "about", "people", "and", "places", "in", "town", "with", "some", "music"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILL]
+TINY = ("hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with vocab.txt and train, valid and test .jsonl: one word decides the label."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    for name, n in (("train", 120), ("valid", 40), ("test", 40)):
+        with open(folder / f"{name}.jsonl", "w") as handle:
+            for i in range(n):
+                label = rng.random() < 0.5
+                words = [rng.choice(FILL) for _ in range(rng.randint(2, 12))] + [rng.choice(GOOD if label else BAD)]
+                rng.shuffle(words)
+                row = {"id": i, "text": " ".join(words), "label": "pos" if label else "neg"}
+                handle.write(json.dumps(row) + "\n")
+    return folder
+
+
+def flags(data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "pipeline": "seq_class", "model": "bert", "name": "run", "output_dir": str(out), "accelerator": "cpu",
+        "additional_config_kwargs": TINY, "pre_trained_tokenizer": str(data / "vocab.txt"),
+        "train_dataset": [str(data / "train.jsonl")], "valid_dataset": str(data / "valid.jsonl"),
+        "test_dataset": str(data / "test.jsonl"), "batch_size": 8, "max_epochs": 3, "learning_rate": 3e-3,
+        "log_every_n_steps": 4,
+    } | more  # fmt: skip
+
+
+def weights(out: Path, name: str = "run") -> dict[str, torch.Tensor]:
+    state = torch.load(Outputs(out, name).checkpoints / "last.ckpt", weights_only=True)
+    return state["state_dict"]
+
+
+def rows(out: Path, name: str = "run") -> list[dict[str, str]]:
+    with open(Outputs(out, name).run / "metrics.csv", newline="") as handle:
+        return [
+            {key: value for key, value in row.items() if key != "examples_per_second"}
+            for row in csv.DictReader(handle)
+        ]  # fmt: skip
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_the_layout_says(data, tmp_path):
+    results = train(**flags(data, tmp_path, learning_rate=1e-2, max_epochs=6))
+    out = Outputs(tmp_path, "run")
+    assert json.loads(out.results.read_text()) == results
+    assert results["steps"] == 90
+    assert results["epochs"] == 6
+    assert results["test"]["seq_class/accuracy"] > 0.9  # one word decides; chance is a half
+    assert results["monitor"] == "valid/seq_class/accuracy"
+    assert results["best"] == results["valid"]["seq_class/accuracy"]
+    assert results["best"] == max(
+        float(r["valid/seq_class/accuracy"]) for r in rows(tmp_path) if r["valid/seq_class/f1"]
+    )
+    assert {path.name for path in out.models.iterdir()} >= {"best", "ckpt_epoch_5_step_90_final"}
+    assert len([path for path in out.models.iterdir() if path.name != "best"]) <= 3
+    for split, n in (("valid", 40), ("test", 40)):
+        lines = [json.loads(line) for line in (out.predictions / f"{split}.jsonl").read_text().splitlines()]
+        source = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        assert [line["label"] for line in lines] == [row["label"] for row in source]
+        found = sum(line["prediction"] == line["label"] for line in lines) / n
+        assert found == pytest.approx(results[split]["seq_class/accuracy"])
+        assert all(sum(line["scores"].values()) == pytest.approx(1, abs=1e-5) for line in lines)
+    card = (out.best / "README.md").read_text()
+    assert "seq_class" in card
+    assert f"{results['test']['seq_class/accuracy']:.4f}" in card
+
+
+def test_the_best_folder_reloads_with_the_auto_classes(data, tmp_path):
+    train(**flags(data, tmp_path, learning_rate=1e-2))
+    out = Outputs(tmp_path, "run")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out.best).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out.best)
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    source = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out.predictions / "test.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        for row, line in zip(source[:10], lines, strict=False):
+            scores = model(**tokenizer(row["text"], return_tensors="pt")).logits[0].softmax(-1)
+            assert list(line["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+# ---- resuming
+
+
+class Stop(Exception):
+    pass
+
+
+def cut(monkeypatch, at_step: int) -> None:
+    """End the run hard, right after this step and before anything of the next."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step >= at_step:
+            raise Stop
+
+    monkeypatch.setattr(train_module.TaskModule, "on_train_batch_start", on_train_batch_start)
+
+
+@pytest.mark.parametrize(
+    ("at_step", "more"),
+    [
+        (7, {"checkpoint_interval": 5}),  # in the middle of the first epoch
+        (15, {}),  # right after the validation at the end of an epoch
+        (17, {}),
+        (29, {"checkpoint_interval": 7}),
+        (23, {"val_check_interval": 4}),  # after a validation in the middle of the second epoch
+        (30, {"val_check_interval": 0.5, "num_workers": 2}),
+        (11, {"accumulate_grad_batches": 2, "checkpoint_interval": 3}),
+        (9, {"limit_train_batches": 5, "max_steps": 13, "max_epochs": None, "checkpoint_interval": 2}),
+        (20, {"pipeline": "masked_lm+seq_class", "checkpoint_interval": 18}),
+        (20, {"pipeline": "masked_lm", "checkpoint_interval": 18, "optimizer": "tf_adamw"}),
+        (16, {"precision": "bf16-mixed"}),
+        (16, {"precision": "16-mixed"}),
+    ],
+)
+def test_a_cut_run_ends_bit_equal(data, tmp_path, monkeypatch, at_step, more):
+    more = {"num_sanity_val_steps": 0} | more
+    whole = train(**flags(data, tmp_path / "whole", **more))
+    with monkeypatch.context() as patch:
+        cut(patch, at_step)
+        with pytest.raises(Stop):
+            train(**flags(data, tmp_path / "cut", **more))
+    resumed = train(
+        name="run", output_dir=str(tmp_path / "cut"), resume=True, pipeline=more.get("pipeline", "seq_class")
+    )
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+    for key in ("valid", "test", "steps", "epochs", "best_step", "best"):
+        assert resumed[key] == whole[key], key
+    for split in ("valid", "test"):
+        name = f"predictions/run/{split}.jsonl"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+# ---- prediction
+
+
+def test_predict_gives_what_the_run_gave(data, tmp_path):
+    train(**flags(data, tmp_path, max_epochs=1))
+    out = Outputs(tmp_path, "run")
+    output = tmp_path / "p.jsonl"
+    found = predict(
+        pre_trained_model=str(out.best), predict_dataset=str(data / "test.jsonl"), output_file=str(output), batch_size=7
+    )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert lines == found
+    of_run = [json.loads(line) for line in (out.predictions / "test.jsonl").read_text().splitlines()]
+    for line, other in zip(lines, of_run, strict=True):
+        assert line["prediction"] == other["prediction"]
+        assert line["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    unlabelled = tmp_path / "plain.csv"
+    unlabelled.write_text("text\nthe good film\n")
+    (row,) = predict(pre_trained_model=str(out.best), predict_dataset=str(unlabelled))
+    assert set(row) == {"prediction", "scores"}
+
+
+def test_a_trained_model_is_tested_alone(data, tmp_path):
+    first = train(**flags(data, tmp_path, max_epochs=1))
+    best = str(Outputs(tmp_path, "run").best)
+    again = train(
+        pipeline="seq_class", pre_trained_model=best, test_dataset=str(data / "test.jsonl"), name="again",
+        output_dir=str(tmp_path),
+    )  # fmt: skip
+    assert again["test"] == pytest.approx(first["test"], abs=1e-6)
+    with pytest.raises(InputError, match="trained for seq_class, not for token_class"):
+        train(pipeline="token_class", pre_trained_model=best, test_dataset=str(data / "test.jsonl"), name="x")
+    with pytest.raises(InputError, match=r"no hyperparameters\.json"):
+        train(pipeline="seq_class", pre_trained_model=str(data), test_dataset=str(data / "test.jsonl"), name="x")
+
+
+def test_a_mixture_is_saved_by_task_and_goes_on_from_there(data, tmp_path):
+    results = train(**flags(data, tmp_path, pipeline="masked_lm+seq_class", max_epochs=1))
+    best = Outputs(tmp_path, "run").best
+    assert set(results["test"]) >= {"seq_class/accuracy"}
+    masked = transformers.AutoModelForMaskedLM.from_pretrained(best / "masked_lm")
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(best / "seq_class")
+    tables = [model.get_input_embeddings().weight for model in (masked, classifier)]
+    assert torch.equal(*tables)  # one encoder
+    again = train(
+        pipeline="masked_lm+seq_class", pre_trained_model=str(best), test_dataset=str(data / "test.jsonl"),
+        name="again", output_dir=str(tmp_path),
+    )  # fmt: skip
+    assert again["test"] == pytest.approx(results["test"], abs=1e-6)
+
+
+# ---- several processes, several seeds
+
+
+def test_two_processes_learn_what_one_learns(data, tmp_path):
+    """Same global batch, no dropout: same scores, same predictions."""
+    quiet = (*TINY, "hidden_dropout_prob=0.0", "attention_probs_dropout_prob=0.0")
+    one = train(**flags(data, tmp_path / "one", additional_config_kwargs=quiet, batch_size=16))
+    two = train(**flags(data, tmp_path / "two", additional_config_kwargs=quiet, batch_size=8, devices="2"))
+    assert two["processes"] == 2
+    assert two["steps"] == one["steps"]
+    for split in ("valid", "test"):
+        assert two[split] == pytest.approx(one[split], abs=1e-4)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert {
+            k: float(v) for k, v in a.items() if v and k.endswith("loss") and "/seq_class/" not in k
+        } == pytest.approx(
+            {k: float(v) for k, v in b.items() if v and k.endswith("loss") and "/seq_class/" not in k}, abs=1e-4
+        )
+
+
+def test_several_seeds_and_their_spread(data, tmp_path):
+    results = train(**flags(data, tmp_path, max_epochs=1, seeds=(1, 2, 3)))
+    singles = [json.loads(Outputs(tmp_path, f"run-seed_{seed}").results.read_text()) for seed in (1, 2, 3)]
+    values = [one["test"]["seq_class/loss"] for one in singles]
+    assert len(set(values)) == 3
+    spread = results["test"]["seq_class/loss"]
+    assert spread["mean"] == pytest.approx(sum(values) / 3)
+    assert spread["std"] == pytest.approx((sum((v - sum(values) / 3) ** 2 for v in values) / 2) ** 0.5)
+    assert (spread["min"], spread["max"]) == (min(values), max(values))
+    assert "| test | seq_class/accuracy |" in (Outputs(tmp_path, "run").run / "results.md").read_text()
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"pipeline": "seq_clas"}, "there is no task 'seq_clas'"),
+        ({"k": 5}, "--k is read by"),
+        ({"precision": "8"}, "precision must be one of"),
+        ({"model": "roberta", "pre_trained_config": "BERT"}, "--model=roberta, but .* is of the type bert"),
+        ({"model": "brt"}, "no such architecture.* Did you mean"),
+        ({"additional_config_kwargs": ("hiden_size=3",)}, "has no 'hiden_size'.* hidden_size"),
+        ({"max_sequence_length": 600}, "the model takes 512 tokens"),
+        ({"max_epochs": None}, "say how long to train"),
+        ({"label_column": "labl"}, "no labels in labl"),
+        ({"input_columns": ("txt",)}, "txt.*text"),
+        ({"train_dataset": ["nothing.jsonl"]}, "nothing.jsonl"),
+        ({"early_stopping": True, "monitor": "valid/seq_class/acc"}, "valid/seq_class/acc"),
+        ({"num_labels": 3}, "has 2 classes"),
+        ({"strategy": "dpd"}, "strategy"),
+        ({"accelerator": "gpu"}, "gpu"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_left(data, tmp_path, more, message):
+    if more.get("pre_trained_config") == "BERT":
+        transformers.BertConfig(vocab_size=100).save_pretrained(tmp_path / "bert")
+        more = more | {"pre_trained_config": str(tmp_path / "bert")}
+    with pytest.raises(InputError, match=message):
+        train(**flags(data, tmp_path / "out", **more))
+    assert not list((tmp_path / "out").glob("pre_trained_models/*/*"))
+
+
+def test_a_second_run_of_a_name_needs_a_word(data, tmp_path):
+    train(**flags(data, tmp_path, max_epochs=1))
+    before = Outputs(tmp_path, "run").results.read_bytes()
+    with pytest.raises(InputError, match=r"--resume .*--overwrite"):
+        train(**flags(data, tmp_path, max_epochs=1))
+    with pytest.raises(InputError, match="was started with --max_epochs=1"):
+        train(name="run", output_dir=str(tmp_path), resume=True, max_epochs=2)
+    with pytest.raises(InputError, match="no run named other"):
+        train(name="other", output_dir=str(tmp_path), resume=True)
+    assert Outputs(tmp_path, "run").results.read_bytes() == before
+    train(**flags(data, tmp_path, max_epochs=1, overwrite=True))
