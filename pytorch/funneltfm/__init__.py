@@ -22,6 +22,8 @@ _FACE = {
     "get_tokenizer": "funneltfm.data.tokenization",
     "get_dataset": "funneltfm.data.readers",
     "classify": "funneltfm.training.classify",
+    "train": "funneltfm.training.train",
+    "predict": "funneltfm.training.train",
 }
 # Citizens of `transformers` (the extra "hf"); the Auto classes know them as soon as it is imported.
 _FACE |= dict.fromkeys(

@@ -3,6 +3,10 @@
 import csv
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +288,118 @@ def test_a_second_run_of_a_name_needs_a_word(data, tmp_path):
         train(name="other", output_dir=str(tmp_path), resume=True)
     assert Outputs(tmp_path, "run").results.read_bytes() == before
     train(**flags(data, tmp_path, max_epochs=1, overwrite=True))
+
+
+# ---- trainer, loggers, signals
+
+
+def test_early_stopping_waits_as_long_as_its_patience(data, tmp_path):
+    results = train(**flags(data, tmp_path, max_epochs=50, learning_rate=1e-12, early_stopping=True, patience=2))
+    assert results["epochs"] == 3  # the first is the best, two do not improve
+    assert results["best_step"] == 15
+
+
+def test_a_monitor_of_the_other_direction(data, tmp_path):
+    results = train(**flags(data, tmp_path, monitor="valid/seq_class/loss"))
+    losses = [float(row["valid/seq_class/loss"]) for row in rows(tmp_path) if row["valid/seq_class/loss"]]
+    assert results["best"] == min(losses)
+
+
+def test_tensorboard_gets_the_rows_beside_a_folder_named_tensorflow(data, tmp_path, monkeypatch):
+    """Run from a folder with a `tensorflow` in it, as the repository's root is."""
+    (tmp_path / "tensorflow").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train(**flags(data, tmp_path / "out", loggers=("csv", "tensorboard"), max_epochs=1))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "out" / "tensorboard" / "run").glob("version_0")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("valid/seq_class/accuracy")}
+    written = {int(r["step"]): float(r["valid/seq_class/accuracy"]) for r in rows(tmp_path / "out") if r["valid/seq_class/f1"]}
+    assert shown == pytest.approx(written)
+    assert "train/loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"precision": "16"},  # as the older framework's README says it; it refused it
+        {"precision": "bf16"},
+        {"precision": "64"},
+        {"max_epochs": None, "max_steps": 3},
+        {"max_epochs": None, "max_time": "00:00:00:02", "scheduler": "constant"},
+        {"fast_dev_run": True},
+        {"barebones": True, "max_steps": 3},
+        {"stochastic_weight_averaging": True},
+        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value", "max_steps": 3},
+        {"num_workers": 2, "max_steps": 3},
+        {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 2},
+        {"limit_train_batches": 0.2, "overfit_batches": 0.0},
+        {"overfit_batches": 2, "max_steps": 4},
+        {"gradient_checkpointing": True, "max_steps": 3},
+        {"deterministic": True, "detect_anomaly": True, "max_steps": 3},
+        {"profiler": "simple", "max_steps": 3},
+        {"valid_dataset": None, "test_dataset": None, "max_steps": 3},
+        {"check_val_every_n_epoch": 2},
+        {"pad_to_max_length": True, "group_by_length": False, "max_sequence_length": 20, "max_steps": 3},
+        {"scheduler_interval": "epoch"},
+        {"no_val_checkpointing": True, "no_epoch_checkpointing": True, "save_total_limit": None},
+        {"enable_model_summary": True, "devices_stats": False, "max_steps": 3},
+    ],
+    ids=lambda more: "-".join(more),
+)
+def test_the_trainers_flags(data, tmp_path, more):
+    more = {"max_epochs": 2} | more
+    results = train(**flags(data, tmp_path, **more))
+    limit = more.get("max_steps", 30)
+    assert 0 < results["steps"] <= limit or more.get("max_time")
+    if not (more.get("fast_dev_run") or more.get("barebones") or "valid_dataset" in more):
+        assert 0 <= results["valid"]["seq_class/accuracy"] <= 1
+
+
+def test_the_mixture_of_datasets_keeps_its_shares(data, tmp_path, monkeypatch):
+    seen = []
+    step = train_module.TaskModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.append(batch["index"].tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(train_module.TaskModule, "training_step", training_step)
+    both = [str(data / "train.jsonl"), str(data / "valid.jsonl")]
+    train(**flags(data, tmp_path, train_dataset=both, train_weights=(1.0, 1.0), max_epochs=1))
+    indices = [i for batch in seen for i in batch]
+    assert len(indices) == 160
+    assert sum(i < 120 for i in indices) == 80
+
+
+def command(data: Path, out: Path, **more: Any) -> list[str]:
+    words = []
+    for name, value in flags(data, out, **more).items():
+        words += [f"--{name}", *([*value] if isinstance(value, list | tuple) else [str(value)])]
+    return [sys.executable, "-m", "funneltfm", "train", *map(str, words)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_a_killed_run_goes_on_to_the_same_end(data, tmp_path, signum, devices):
+    more = {"max_epochs": 6, "checkpoint_interval": 3, "devices": devices, "learning_rate": 1e-3}
+    whole = train(**flags(data, tmp_path / "whole", **more))
+    process = subprocess.Popen(
+        command(data, tmp_path / "cut", **more), stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    out = Outputs(tmp_path / "cut", "run")
+    deadline = time.time() + 120
+    while not (out.checkpoints / "previous.ckpt").is_file() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=120)
+    if signum == signal.SIGTERM and process.returncode:
+        assert process.returncode == 128 + signum, said
+        assert "--resume" in said
+    resumed = train(name="run", output_dir=str(tmp_path / "cut"), resume=True)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+    assert resumed["test"] == whole["test"]

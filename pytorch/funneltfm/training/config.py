@@ -247,6 +247,8 @@ def item_type(kind: Any) -> Any:
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """`value` if it is of the flag's type; whole numbers are taken for numbers, lists for tuples."""
     kinds = get_args(kind) or (kind,)
+    if type(None) in kinds and len(kinds) == 2 and get_origin(kinds[0]) is Literal:  # a choice, or none
+        return None if value is None else _checked(name, kinds[0], value)
     if (item := item_type(kind)) is not None:
         if value is None and type(None) in kinds:
             return None

@@ -149,7 +149,8 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
             ) from error
     heads = Heads(models)
     if args.gradient_checkpointing:
-        heads.backbone.gradient_checkpointing_enable()  # type: ignore[operator]
+        newer = getattr(heads.backbone, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
+        (newer or heads.backbone.gradient_checkpointing_enable)()  # type: ignore[operator]
     if args.compile:
         heads.compile_backbone()
     return heads

@@ -14,6 +14,8 @@ def quiet() -> Iterator[None]:
     """Leave out what Lightning says that is of no use here: advice on workers, and a deprecation in its own code."""
     with warnings.catch_warnings():
         for message in (
+            ".*have no `val_dataloader`.*",
+            "SWA is currently only supported every epoch.*",
             ".*LeafSpec.*",
             ".*does not have many workers.*",
             "Checkpoint directory .* exists",

@@ -76,7 +76,7 @@ class TaskModule(ExactResume):
         logits = {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in self.tasks}
         losses = {task.name: task.loss(logits[task.name], batch) for task in self.tasks}
         loss = sum((self.weight(task) * losses[task.name] for task in self.tasks), torch.zeros((), device=self.device))
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (self.global_step + 1) % self.args.log_every_n_steps == 0 and not self.args.barebones:
             self.train_scores = {f"train/{name}/loss": value.item() for name, value in losses.items()}
             with torch.no_grad():
                 for task in self.tasks:

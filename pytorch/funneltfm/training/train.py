@@ -7,8 +7,10 @@ import logging
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning
@@ -339,7 +341,7 @@ def _fit(
     """Train, and load the best weights into the module; what there is to tell about it."""
     if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
         raise InputError("say how long to train: --max_epochs, --max_steps or --max_time.")
-    train = module.splits["train"]
+    train = _first_batches(module.splits["train"], args)
     batches = StepSampler(
         train.features.lengths,
         args.batch_size,
@@ -386,12 +388,11 @@ def _fit(
         min_steps=args.min_steps,
         max_time=args.max_time,
         limit_train_batches=args.limit_train_batches,
-        limit_val_batches=args.limit_val_batches,
-        overfit_batches=args.overfit_batches,
+        limit_val_batches=args.overfit_batches or args.limit_val_batches,
         val_check_interval=args.val_check_interval,
         check_val_every_n_epoch=args.check_val_every_n_epoch,
-        num_sanity_val_steps=0 if args.barebones else args.num_sanity_val_steps,
-        log_every_n_steps=args.log_every_n_steps,
+        num_sanity_val_steps=None if args.barebones else args.num_sanity_val_steps,
+        log_every_n_steps=None if args.barebones else args.log_every_n_steps,
         accumulate_grad_batches=args.accumulate_grad_batches,
         gradient_clip_val=args.gradient_clip_val,
         gradient_clip_algorithm=args.gradient_clip_algorithm,
@@ -425,10 +426,19 @@ def _fit(
         "train_seconds": round(history.train_seconds, 2),
         "examples_per_second": round(history.examples_per_second, 1),
     }
-    if not valid or not any(main in row for row in history.rows):
+    if args.stochastic_weight_averaging or not any(main in row for row in history.rows):
         return facts
     module.load_state_dict(ranks.main_decides(lambda: best_state(outputs)))
     return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}
+
+
+def _first_batches(train: Split, args: Args) -> Split:
+    """--overfit_batches of the training data, or all."""
+    if not args.overfit_batches:
+        return train
+    n, few = len(train.features), args.overfit_batches
+    n = min(n, few * args.batch_size * ranks.size()) if isinstance(few, int) else max(1, int(few * n))
+    return Split(train.name, train.rows, train.features.take(range(n)))
 
 
 def _steps(args: Args, n_batches: int) -> tuple[int, int | None]:
@@ -466,19 +476,21 @@ def _loggers(args: Args, outputs: Outputs) -> Any:
     """Loggers beside metrics.csv, which History writes."""
     loggers: list[Any] = []
     if "tensorboard" in args.loggers:
+        # TensorBoard asks TensorFlow for its files, and a folder of that name (ours) is enough to confuse it.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         from lightning.pytorch.loggers import TensorBoardLogger
 
         try:
             loggers.append(TensorBoardLogger(outputs.root / "tensorboard", name=outputs.name))
         except ImportError as error:
-            raise InputError(f"--loggers tensorboard needs TensorBoard: pip install tensorboard ({error}).") from error
+            raise InputError(f"--loggers tensorboard needs TensorBoard: {error}: pip install 'funneltfm[tensorboard]'.") from error
     if "wandb" in args.loggers:
         from lightning.pytorch.loggers import WandbLogger
 
         try:
             loggers.append(WandbLogger(name=outputs.name, save_dir=outputs.run))
         except ImportError as error:
-            raise InputError(f"--loggers wandb needs Weights & Biases: pip install wandb ({error}).") from error
+            raise InputError(f"--loggers wandb needs Weights & Biases: pip install 'funneltfm[wandb]'.") from error
     for logger in loggers:
         logger.log_hyperparams(given_flags(args))
     return loggers or False

@@ -152,7 +152,7 @@ class TrainerFlags:
     limit_predict_batches: int | float | None = None
     """Batches of a prediction, as a number or a share."""
     overfit_batches: int | float = 0.0
-    """Train and validate on these few batches of the training data."""
+    """Train on so many of the first batches only (or this share), and validate on as many: a check of the code."""
     val_check_interval: int | float | None = None
     """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch."""
     check_val_every_n_epoch: int | None = 1
@@ -184,7 +184,7 @@ class TrainerFlags:
     barebones: bool = False
     """No logging, checkpoints, bars: for measuring the speed of training alone."""
     stochastic_weight_averaging: bool = False
-    """Average the weights of the last quarter of the epochs."""
+    """Average the weights over the last fifth of the epochs, at a constant rate; the average is kept, not the best."""
     devices_stats: bool = False
     """Log memory and load of the devices."""
 
