@@ -297,7 +297,8 @@ def test_killed_between_writing_and_renaming(
                 raise Killed
 
     monkeypatch.setattr(os, "replace", counted)
-    trainer: Any = SimpleNamespace(save_checkpoint=save_checkpoint, state=SimpleNamespace(fn="fit"))
+    state = SimpleNamespace(fn="fit")
+    trainer: Any = SimpleNamespace(save_checkpoint=save_checkpoint, state=state, sanity_checking=False)
     save = SaveRun(run_dir, 0, set())
     for step in (1, 2):  # noqa: B007
         save.on_validation_end(trainer, None)

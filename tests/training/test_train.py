@@ -140,6 +140,31 @@ def cut(monkeypatch, at_step: int) -> None:
         (20, {"pipeline": "masked_lm+seq_class", "checkpoint_interval": 18}),
         (20, {"pipeline": "masked_lm", "checkpoint_interval": 18, "optimizer": "tf_adamw"}),
         (16, {"precision": "bf16-mixed"}),
+        (17, {"streaming": True, "max_steps": 40, "max_epochs": None, "checkpoint_interval": 5}),
+        (
+            33,
+            {
+                "streaming": True,
+                "max_steps": 40,
+                "max_epochs": None,
+                "val_check_interval": 10,
+                "num_workers": 2,
+                "pipeline": "masked_lm",
+            },
+        ),
+        (
+            11,
+            {
+                "streaming": True,
+                "max_steps": 14,
+                "max_epochs": None,
+                "val_check_interval": 0.25,
+                "num_workers": 2,
+                "accumulate_grad_batches": 2,
+                "checkpoint_interval": 2,
+                "streaming_buffer": 20,
+            },
+        ),
         (16, {"precision": "16-mixed"}),
     ],
 )
@@ -317,7 +342,9 @@ def test_tensorboard_gets_the_rows_beside_a_folder_named_tensorflow(data, tmp_pa
     events = EventAccumulator(str(folder))
     events.Reload()
     shown = {event.step: event.value for event in events.Scalars("valid/seq_class/accuracy")}
-    written = {int(r["step"]): float(r["valid/seq_class/accuracy"]) for r in rows(tmp_path / "out") if r["valid/seq_class/f1"]}
+    written = {
+        int(r["step"]): float(r["valid/seq_class/accuracy"]) for r in rows(tmp_path / "out") if r["valid/seq_class/f1"]
+    }
     assert shown == pytest.approx(written)
     assert "train/loss" in events.Tags()["scalars"]
 
@@ -387,9 +414,7 @@ def command(data: Path, out: Path, **more: Any) -> list[str]:
 def test_a_killed_run_goes_on_to_the_same_end(data, tmp_path, signum, devices):
     more = {"max_epochs": 6, "checkpoint_interval": 3, "devices": devices, "learning_rate": 1e-3}
     whole = train(**flags(data, tmp_path / "whole", **more))
-    process = subprocess.Popen(
-        command(data, tmp_path / "cut", **more), stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    process = subprocess.Popen(command(data, tmp_path / "cut", **more), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     out = Outputs(tmp_path / "cut", "run")
     deadline = time.time() + 120
     while not (out.checkpoints / "previous.ckpt").is_file() and time.time() < deadline and process.poll() is None:

@@ -6,7 +6,7 @@ batch's texts into hidden states once, and every task of the pipeline reads its 
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ class Task:
 
     # ---- data
 
-    def learn(self, rows: Sequence[Row]) -> None:
+    def learn(self, rows: Iterable[Row]) -> None:
         """Take from the training rows what the task has to know beforehand (the names of the labels)."""
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:

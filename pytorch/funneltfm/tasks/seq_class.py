@@ -1,6 +1,6 @@
 """`seq_class`: a class or a number for every row of texts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class SeqClass(Task):
 
     # ---- data
 
-    def learn(self, rows: Sequence[Row]) -> None:
+    def learn(self, rows: Iterable[Row]) -> None:
         if not self.args.regression:
             self.labels.learn((row.get(self.label_column) for row in rows), self.label_column)
 

@@ -235,6 +235,8 @@ class SaveRun(Checkpoint):
     def __init__(self, run_dir: Resumable, every: int, validations: set[int]):
         self.run_dir, self.every, self.validations = run_dir, every, validations
         self.signum = 0
+        self._in_window = False  # batches were computed whose step is still to come
+        self._due = False
 
     # ---- signals
 
@@ -268,17 +270,23 @@ class SaveRun(Checkpoint):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = ended_step(trainer, batch_idx)
+        self._in_window = not step
         if not step or step in self.validations:
             return
         leaves = ranks.any_rank(self.signum > 0)
-        if leaves or (self.every and step % self.every == 0):
+        if leaves or self._due or (self.every and step % self.every == 0):
             self._save(trainer, leaves)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self._in_window:  # the gradients of the batches before would be lost: save when the step is made
+            self._due = True
+        else:
             self._save(trainer, ranks.any_rank(self.signum > 0))
 
     def _save(self, trainer: lightning.Trainer, leaves: bool) -> None:
+        self._due = False
         new, last, previous = self.run_dir.resumable
         trainer.save_checkpoint(new)
         if ranks.is_main():

@@ -15,6 +15,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in (
             ".*have no `val_dataloader`.*",
+            "Your `IterableDataset` has `__len__` defined.*",
             "SWA is currently only supported every epoch.*",
             ".*LeafSpec.*",
             ".*does not have many workers.*",

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -22,7 +23,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from funneltfm.data.batching import StepSampler
 from funneltfm.data.columns import filtered
 from funneltfm.data.features import Features, TrainLoader, eval_loader
-from funneltfm.data.sources import Mixture, Rows, concatenate, open_rows, shard
+from funneltfm.data.sources import Mixture, Rows, concatenate, open_rows, shard, stream_rows
+from funneltfm.data.streaming import RowNumbers, StreamLoader
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import read_json, write_json, write_text
@@ -211,7 +213,7 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
         log.info("%s: %s examples; %s parameters; %s", args.name, sizes, f"{n_param:,}", outputs.run)
         module = TaskModule(heads, tasks, args, splits)
         results: dict[str, Any] = {"name": args.name, "pipeline": args.pipeline, "seed": args.seed}
-        if "train" in splits:
+        if args.train_dataset is not None:
             results |= _fit(args, module, text, outputs, draw, resume_from)
         for stage in [name for name in splits if name != "train"]:
             evaluate(args, module, text, stage)
@@ -294,7 +296,11 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         raise InputError("there is no data: give --train_dataset, --valid_dataset or --test_dataset.")
     splits: dict[str, Split] = {}
     mixture = None
-    if args.train_dataset is not None:
+    if args.streaming:
+        for task in tasks:
+            if not task.corrupts:
+                task.learn(stream_rows(args.train_dataset[0], args.train_config, buffer=0, bad_rows=args.bad_rows))
+    elif args.train_dataset is not None:
         parts = [_rows(args, "train", source) for source in args.train_dataset]
         rows = parts[0] if len(parts) == 1 else concatenate(parts)
         if args.train_weights is not None:
@@ -335,12 +341,10 @@ def _collate(args: Args, module: TaskModule, text: TextEncoder) -> Collate:
     return Collate(module.tasks, text.tokenizer, args.max_sequence_length if args.pad_to_max_length else None)
 
 
-def _fit(
-    args: Args, module: TaskModule, text: TextEncoder, outputs: Outputs, draw: Mixture | None, resume_from: Path | None
-) -> dict[str, Any]:
-    """Train, and load the best weights into the module; what there is to tell about it."""
-    if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
-        raise InputError("say how long to train: --max_epochs, --max_steps or --max_time.")
+def _train_loader(
+    args: Args, module: TaskModule, text: TextEncoder, draw: Mixture | None
+) -> tuple[TrainLoader | StreamLoader, Sequence[str]]:
+    """The batches, and the names of the examples by index."""
     train = _first_batches(module.splits["train"], args)
     batches = StepSampler(
         train.features.lengths,
@@ -354,6 +358,38 @@ def _fit(
     )
     prepare = Prepare(module.tasks, text, args.seed)
     loader = TrainLoader(train.features, _collate(args, module, text), batches, prepare, args.seed, **_loading(args))
+    return loader, [str(int(row)) for row in train.features.plain["row"]]
+
+
+def _stream_loader(
+    args: Args, module: TaskModule, text: TextEncoder
+) -> tuple[TrainLoader | StreamLoader, Sequence[str]]:
+    source = args.train_dataset[0]
+    loader = StreamLoader(
+        source,
+        functools.partial(encode_rows, module.tasks, text=text, where=source),
+        Prepare(module.tasks, text, args.seed),
+        _collate(args, module, text),
+        args.batch_size,
+        args.seed,
+        args.max_steps * args.accumulate_grad_batches,
+        config=args.train_config,
+        buffer=args.streaming_buffer,
+        rank=ranks.rank(),
+        ranks=ranks.size(),
+        bad_rows=args.bad_rows,
+        **_loading(args),
+    )
+    return loader, RowNumbers()
+
+
+def _fit(
+    args: Args, module: TaskModule, text: TextEncoder, outputs: Outputs, draw: Mixture | None, resume_from: Path | None
+) -> dict[str, Any]:
+    """Train, and load the best weights into the module; what there is to tell about it."""
+    if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
+        raise InputError("say how long to train: --max_epochs, --max_steps or --max_time.")
+    loader, ids = _stream_loader(args, module, text) if args.streaming else _train_loader(args, module, text, draw)
     valid = [_eval_loader(args, module, text, "valid")] if "valid" in module.splits else None
     main, lower = monitored(args, module.tasks)
     if valid:
@@ -363,7 +399,6 @@ def _fit(
     per_epoch, total = _steps(args, len(loader))
     module.total_steps, module.steps_per_epoch = total, per_epoch
     advice = "lower --learning_rate, raise --num_warmup_steps, or set --gradient_clip_val"
-    ids = [str(int(row)) for row in train.features.plain["row"]]
     metrics = outputs.run / "metrics.csv"
     history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower)
     save = SaveRun(outputs, args.checkpoint_interval or 0, set())
@@ -483,14 +518,16 @@ def _loggers(args: Args, outputs: Outputs) -> Any:
         try:
             loggers.append(TensorBoardLogger(outputs.root / "tensorboard", name=outputs.name))
         except ImportError as error:
-            raise InputError(f"--loggers tensorboard needs TensorBoard: {error}: pip install 'funneltfm[tensorboard]'.") from error
+            raise InputError(
+                f"--loggers tensorboard needs TensorBoard: {error}: pip install 'funneltfm[tensorboard]'."
+            ) from error
     if "wandb" in args.loggers:
         from lightning.pytorch.loggers import WandbLogger
 
         try:
             loggers.append(WandbLogger(name=outputs.name, save_dir=outputs.run))
         except ImportError as error:
-            raise InputError(f"--loggers wandb needs Weights & Biases: pip install 'funneltfm[wandb]'.") from error
+            raise InputError("--loggers wandb needs Weights & Biases: pip install 'funneltfm[wandb]'.") from error
     for logger in loggers:
         logger.log_hyperparams(given_flags(args))
     return loggers or False
@@ -573,7 +610,7 @@ def _of_split(module: TaskModule, task: Task, stage: str) -> tuple[list[Record],
 
 def _write(args: Args, module: TaskModule, tokenizer: Any, outputs: Outputs, results: dict[str, Any]) -> None:
     write_json(outputs.results, results)
-    if "train" in module.splits:
+    if args.train_dataset is not None:
         save_model(module.heads, module.tasks, tokenizer, args, outputs.best)
         write_model_card(outputs.best, args, results)
     for stage, by_task in module.records.items():

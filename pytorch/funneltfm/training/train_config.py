@@ -75,6 +75,10 @@ class DatasetFlags:
     """Shares of several train_dataset in an epoch. Default: each row once."""
     train_filter: tuple[str, ...] = ()
     """Rows to keep for training, such as "label != 2" "len(text) > 20"; all conditions hold."""
+    streaming: bool = False
+    """Read the training data as they are needed, for corpora that fit into no memory; needs max_steps."""
+    streaming_buffer: int = 10_000
+    """Rows from which a stream draws the next one."""
     train_shard_dataset: int | None = None
     """Keep every n-th training row only."""
     valid_dataset: str | None = None
@@ -234,7 +238,7 @@ _AT_LEAST_ONE = (
     *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
 )
-_NOT_NEGATIVE = ("num_workers", "save_total_limit", "seed", "doc_stride", "margin")
+_NOT_NEGATIVE = ("num_workers", "streaming_buffer", "save_total_limit", "seed", "doc_stride", "margin")
 _SHARES = ("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing")
 _LOGGERS = ("csv", "tensorboard", "wandb", "none")
 
@@ -264,6 +268,8 @@ def make_train_args(**flags: Any) -> Args:
     for flag, needs in (("train_weights", "train_dataset"), ("selection", "scores_column")):
         if getattr(args, flag) is not None and getattr(args, needs) is None:
             raise InputError(f"--{flag} needs --{needs}.")
+    if args.streaming:
+        _check_streaming(args)
     if args.train_weights is not None and len(args.train_weights) != len(args.train_dataset):
         raise InputError(
             f"--train_weights has {len(args.train_weights)} numbers, --train_dataset {len(args.train_dataset)} names."
@@ -313,6 +319,16 @@ def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
     given = {name: value for name, value in flags.items() if name != "output_file"}
     of_the_model = {name: value for name, value in saved.items() if name in _OF_THE_MODEL}
     return make_train_args(**(of_the_model | given))
+
+
+def _check_streaming(args: Args) -> None:
+    if args.train_dataset is None or len(args.train_dataset) != 1:
+        raise InputError("--streaming takes one --train_dataset.")
+    if args.max_steps < 0:
+        raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
+    for flag in ("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag} does not go with --streaming.")
 
 
 def _check_ranges(args: Args) -> None:

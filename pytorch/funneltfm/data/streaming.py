@@ -1,0 +1,160 @@
+"""Training batches from a corpus that is read as it is needed, without an end; exact to resume."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.sources import BadRows, stream_rows
+from funneltfm.errors import InputError
+
+Position = tuple[int, int]  # how far one worker is: passes over the data, and rows taken in this one
+
+
+class _Stream(IterableDataset):
+    """(examples, worker, position after them), of this process's share of the corpus, pass after pass."""
+
+    def __init__(
+        self,
+        source: str,
+        config: str | None,
+        encode: Callable[[list[dict[str, Any]]], Features],
+        prepare: Callable[[Example, int], Example],
+        batch_size: int,
+        seed: int,
+        buffer: int,
+        rank: int,
+        ranks: int,
+        workers: int,
+        bad_rows: BadRows,
+    ):
+        self.source, self.config, self.encode, self.prepare = source, config, encode, prepare
+        self.batch_size, self.seed, self.buffer, self.bad_rows = batch_size, seed, buffer, bad_rows
+        self.rank, self.ranks, self.workers = rank, ranks, workers
+        self.positions: list[Position] = [(0, 0)] * workers
+        self.first = 0  # the worker whose turn it is
+
+    def __iter__(self) -> Iterator[tuple[list[Example], int, Position]]:
+        info = get_worker_info()
+        worker = ((0 if info is None else info.id) + self.first) % self.workers
+        epoch, taken = self.positions[worker]
+        rows: list[dict[str, Any]] = []
+        while True:
+            before = taken
+            for row in self._pass(epoch, taken, worker):
+                rows.append(row)
+                taken += 1
+                if len(rows) == self.batch_size:
+                    yield self._examples(rows, worker, (epoch, taken)), worker, (epoch, taken)
+                    rows = []
+            if taken == before == 0:
+                raise InputError(
+                    f"{self.source} has too few rows for {self.ranks} processes with {self.workers} workers: one gets "
+                    f"none. Use fewer."
+                )
+            epoch, taken = epoch + 1, 0
+
+    def _pass(self, epoch: int, taken: int, worker: int) -> Iterator[dict[str, Any]]:
+        return stream_rows(
+            self.source,
+            self.config,
+            seed=self.seed,
+            epoch=epoch,
+            buffer=self.buffer,
+            taken=taken,
+            rank=self.rank,
+            ranks=self.ranks,
+            worker=worker,
+            workers=self.workers,
+            bad_rows=self.bad_rows,
+        )
+
+    def _examples(self, rows: list[dict[str, Any]], worker: int, after: Position) -> list[Example]:
+        """An example's index says where it was in the stream, and is that of no other in the same pass."""
+        epoch, taken = after
+        features = self.encode(rows)
+        first = ((taken * self.workers + worker) * self.ranks + self.rank) * 2**12
+        return [self.prepare(features[i] | {"index": first + i}, epoch) for i in range(len(features))]
+
+
+class StreamLoader(DataLoader):
+    """Batches of the examples of `batch_size` rows of a source each, in an order that depends on (seed, pass, number of
+    processes and workers) alone. A batch has "weight": 1.
+
+    encode: rows to features. prepare: as in TrainLoader; called with the pass. make: examples to a batch. length: how
+    many batches the run will take. buffer: rows from which the next one is drawn.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        encode: Callable[[list[dict[str, Any]]], Features],
+        prepare: Callable[[Example, int], Example],
+        make: Callable[[list[Example]], Batch],
+        batch_size: int,
+        seed: int,
+        length: int,
+        *,
+        config: str | None = None,
+        buffer: int = 10_000,
+        rank: int = 0,
+        ranks: int = 1,
+        num_workers: int = 0,
+        bad_rows: BadRows = "error",
+        **kwargs: Any,
+    ):
+        workers = max(1, num_workers)
+        stream = _Stream(
+            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows
+        )  # fmt: skip
+        super().__init__(
+            stream,
+            batch_size=None,
+            collate_fn=_Made(make),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(seed),
+            **kwargs,
+        )
+        self.stream, self.length = stream, length
+
+    def __len__(self) -> int:  # without one Lightning would take a batch ahead, and count it as trained on
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch, worker, position in super().__iter__():
+            self.stream.positions[worker] = position
+            self.stream.first = (worker + 1) % self.stream.workers
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"positions": [list(position) for position in self.stream.positions], "first": self.stream.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["positions"]) != self.stream.workers:
+            raise InputError(
+                f"the run was started with --num_workers {len(state['positions'])}, which a stream must keep; now it "
+                f"is {self.stream.workers}."
+            )
+        self.stream.positions = [(epoch, taken) for epoch, taken in state["positions"]]
+        self.stream.first = state["first"]
+
+
+class _Made:
+    def __init__(self, make: Callable[[list[Example]], Batch]):
+        self.make = make
+
+    def __call__(self, item: tuple[list[Example], int, Position]) -> tuple[Batch, int, Position]:
+        examples, worker, position = item
+        return self.make(examples) | {"weight": 1.0}, worker, position
+
+
+class RowNumbers(Sequence[str]):
+    """Names of a stream's examples, which are too many to keep: their index."""
+
+    def __getitem__(self, i: Any) -> Any:
+        return str(i)
+
+    def __len__(self) -> int:
+        return 0

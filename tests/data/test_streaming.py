@@ -1,0 +1,91 @@
+"""Streams of batches: every row once a pass, in the same order for the same seed, exact to resume."""
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from funneltfm.data.features import Features
+from funneltfm.data.streaming import StreamLoader
+from funneltfm.errors import InputError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(50)))
+    return str(path)
+
+
+def encode(rows: list[dict]) -> Features:
+    return Features.of([{"row": i, "input_ids": [row["n"]] * (row["n"] % 3 + 1)} for i, row in enumerate(rows)])
+
+
+def prepare(example: dict, epoch: int) -> dict:
+    return example | {"epoch": epoch}
+
+
+def make(examples: list[dict]) -> dict:
+    return {
+        "n": torch.tensor([example["input_ids"][0] for example in examples]),
+        "index": torch.tensor([example["index"] for example in examples]),
+        "epoch": torch.tensor([example["epoch"] for example in examples]),
+    }
+
+
+def loader(source: str, **more) -> StreamLoader:
+    settings = {"batch_size": 4, "seed": 1, "length": 1000, "buffer": 8} | more
+    return StreamLoader(source, encode, prepare, make, **settings)
+
+
+def rows(batches) -> list[int]:
+    return [n for batch in batches for n in batch["n"].tolist()]
+
+
+def test_a_pass_has_every_row_once_and_the_next_another_order(source):
+    seen = rows(islice(loader(source), 25))
+    assert Counter(seen) == Counter(dict.fromkeys(range(50), 2))
+    assert Counter(seen[:50]) == Counter(range(50))
+    assert seen[:50] != seen[50:]
+    assert seen == rows(islice(loader(source), 25))
+    assert seen != rows(islice(loader(source, seed=2), 25))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_a_pass(source, workers):
+    """With 3 processes and 2 workers each worker has 8 or 9 rows."""
+    seen = []
+    for rank in range(3):
+        own = loader(source, rank=rank, ranks=3, batch_size=1, num_workers=workers)
+        batches = list(islice(own, 30))
+        first = [batch for batch in batches if batch["epoch"].item() == 0]
+        seen += rows(first)
+        assert len({batch["index"].item() for batch in first}) == len(first)
+    assert Counter(seen) == Counter(range(50))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("cut", [1, 7, 12, 13, 30])
+def test_a_resumed_stream_goes_on(source, workers, cut):
+    whole = [batch["index"].tolist() for batch in islice(loader(source, num_workers=workers), 40)]
+    first = loader(source, num_workers=workers)
+    iterator = iter(first)
+    for _ in range(cut):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))
+    iterator.close()
+    second = loader(source, num_workers=workers)
+    second.load_state_dict(state)
+    assert [batch["index"].tolist() for batch in islice(second, 40 - cut)] == whole[cut:]
+
+
+def test_what_cannot_go_on_is_said(source, tmp_path):
+    with pytest.raises(InputError, match=r"--num_workers 2.* now it is 1"):
+        loader(source).load_state_dict({"positions": [[0, 0], [0, 0]], "first": 0})
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"n": 1}\n')
+    with pytest.raises(InputError, match="too few rows for 2 processes"):
+        next(iter(loader(str(few), rank=1, ranks=2)))
