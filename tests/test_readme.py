@@ -94,7 +94,7 @@ def stand_ins(copy: Path) -> None:
 def test_every_block_has_a_test() -> None:
     assert set(ELSEWHERE) <= set(BASH)
     assert len(PYTHON) == 3
-    assert len(BASH) == 6
+    assert len(BASH) == 7
 
 
 def test_custom_usage_example(copy: Path) -> None:
@@ -127,7 +127,11 @@ def test_bash_blocks(copy: Path, block: str) -> None:
         if "-ELEC-TF" in command:  # needs TensorFlow: tests/test_scripts.py runs it
             continue
         run(copy, "bash", "-c", command)
-    made = list(copy.glob("exp/*/run_1/results.json")) + list(copy.glob("exported/model.safetensors"))
+    made = [
+        path
+        for name in ("exp/*/run_1/results.json", "exported/model.safetensors", "predictions.jsonl")
+        for path in copy.glob(name)
+    ]
     assert made
 
 

@@ -1,5 +1,6 @@
 """The flags of `funneltfm train`: those of the tasks, the data, the model, Lightning's trainer, optimizers, the run."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,7 +129,7 @@ class TrainerFlags:
     accelerator: str = "auto"
     """cpu, gpu, cuda, mps, or auto."""
     strategy: str = "auto"
-    """How several devices work together: ddp, fsdp, deepspeed_stage_2, ..., or auto."""
+    """How several devices work together: auto is ddp; ddp_find_unused_parameters_true and the like are known too."""
     devices: str = "auto"
     """Number of devices, or their numbers (0,1), or auto: all GPUs, or one CPU process."""
     num_nodes: int = 1
@@ -260,6 +261,15 @@ def make_train_args(**flags: Any) -> Args:
     total = args.probability_masked + args.probability_replaced + args.probability_unchanged
     if abs(total - 1) > 1e-6:
         raise InputError(f"probability_masked, _replaced and _unchanged must add to 1; got {total}.")
+    if args.strategy != "auto" and not re.fullmatch(r"ddp(?!_(spawn|fork|notebook))\w*", args.strategy):
+        raise InputError(
+            f"strategy must be auto, ddp, or a kind of ddp; got {args.strategy!r}. Sharded strategies (fsdp, "
+            "deepspeed) do not write the checkpoints and models of a run yet, and processes are not forked here."
+        )
+    if args.optimizer == "fuse_adam" and args.precision == "16-mixed" and args.gradient_clip_val is not None:
+        raise InputError(
+            "fuse_adam unscales fp16 gradients by itself, so they cannot be clipped: use adamw or bf16-mixed."
+        )
     for logger in args.loggers:
         if logger not in _LOGGERS:
             raise InputError(f"loggers must be some of {', '.join(_LOGGERS)}; got {logger!r}.")

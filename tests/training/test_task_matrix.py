@@ -1,0 +1,158 @@
+"""Every task with every architecture: a training step, an evaluation, a prediction, saving and loading; offline, on tiny
+random models. Run as a program it prints the table.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from funneltfm.errors import InputError
+from funneltfm.tasks.base import make_tasks
+from funneltfm.training.outputs import Outputs
+from funneltfm.training.train import predict, train
+from funneltfm.training.train_config import make_train_args
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+MODELS: dict[str, dict[str, Any]] = {
+    "bert": SMALL,
+    "roberta": SMALL,
+    "deberta": SMALL | {"relative_attention": True, "pos_att_type": "['c2p', 'p2c']"},
+    "deberta_v2": SMALL | {"relative_attention": True, "pos_att_type": "['c2p', 'p2c']"},
+    "electra": SMALL | {"embedding_size": 8},
+    "albert": SMALL | {"embedding_size": 8},
+    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+    "camembert": SMALL,
+    "xlm_roberta": SMALL,
+    "modernbert": SMALL,
+    "funnel": {
+        "block_size": "1_1", "d_model": 16, "d_embed": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "decoder_size": 1,
+    },
+}  # fmt: skip
+WORDS = "the cat sat on a mat and saw one bird who had seen two dogs run home . ? yes no".split()
+PAIR = [
+    {"q": "who saw one bird ?", "a": "the cat saw one bird .", "label": 1},
+    {"q": "who saw one bird ?", "a": "two dogs run home .", "label": 0},
+    {"q": "who had seen two dogs ?", "a": "the cat sat on a mat", "label": 0},
+    {"q": "who had seen two dogs ?", "a": "one bird had seen two dogs", "label": 1},
+]
+TEXT = [{"text": "the cat sat on a mat", "label": "yes"}, {"text": "two dogs run home .", "label": "no"}] * 2
+TAGS = [
+    {"words": ["the", "cat", "saw", "dogs"], "labels": ["O", "B-X", "O", "B-Y"], "label": "yes"},
+    {"words": ["one", "bird", "run"], "labels": ["B-X", "I-X", "O"], "label": "no"},
+] * 2
+SPANS = [
+    {"id": "1", "question": "who sat ?", "context": "the cat sat on a mat .", "answers": {"text": ["the cat"], "answer_start": [0]}},
+    {"id": "2", "question": "who run ?", "context": "one bird saw two dogs run home", "answers": {"text": ["two dogs"], "answer_start": [13]}},
+] * 2  # fmt: skip
+CHOICES = [
+    {"article": "the cat sat on a mat .", "question": "who sat ?", "options": ["cat", "bird", "two dogs"], "answer": 0},
+    {"article": "two dogs run home .", "question": "who run ?", "options": ["cat", "bird", "two dogs"], "answer": "C"},
+] * 2
+RANK = {"input_columns": ("q", "a")}
+# task -> rows, flags
+TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "seq_class": (TEXT, {}),
+    "token_class": (TAGS, {}),
+    "question_answering": (SPANS, {"doc_stride": 2, "max_query_length": 4}),
+    "multiple_choice": (CHOICES, {}),
+    "answer_selection": (PAIR, RANK),
+    "retrieval": (PAIR, RANK),
+    "masked_lm": (TEXT, {}),
+    "masked_lm+seq_class": (TEXT, {}),
+    "masked_lm+token_class": (TAGS, {}),
+    "masked_lm+answer_selection": (PAIR, RANK),
+    "answer_selection -k 2": (PAIR, RANK | {"k": 2, "classification_head_type": "AE_k"}),
+}
+
+
+def flags(task: str, model: str, folder: Path) -> dict[str, Any]:
+    rows, more = TASKS[task]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return more | {
+        "pipeline": task.split(" ")[0], "model": model, "name": "run", "output_dir": str(folder / "out"),
+        "additional_config_kwargs": tuple(f"{key}={value}" for key, value in MODELS[model].items()),
+        "pre_trained_tokenizer": str(vocabulary), "max_sequence_length": 24, "batch_size": 2, "max_steps": 1,
+        "accelerator": "cpu", "train_dataset": (str(data),), "valid_dataset": str(data), "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1, "no_epoch_checkpointing": True, "no_val_checkpointing": True,
+    }  # fmt: skip
+
+
+def has_head(task: str, model: str) -> bool:
+    """Whether transformers has a model of this type with the heads that the task needs."""
+    if model == "funnel":
+        return True
+    tasks = make_tasks(task.split(" ")[0], make_train_args(pipeline=task.split(" ")[0], **TASKS[task][1]))
+    kind = {"deberta_v2": "deberta-v2", "xlm_roberta": "xlm-roberta"}.get(model, model)
+    mappings = {
+        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+        "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+        "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return all(kind in mappings[one.auto] for one in tasks)
+
+
+def go_round(task: str, model: str, folder: Path) -> None:
+    """Train a step, evaluate, predict, save, load, predict again."""
+    settings = flags(task, model, folder)
+    results = train(**settings)
+    assert results["steps"] == 1
+    assert results["valid"]
+    out = Outputs(folder / "out", "run")
+    (written,) = [path for path in out.predictions.iterdir()]
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    if task == "masked_lm":
+        return  # what it finds depends on the masks
+    again = predict(pre_trained_model=str(out.best), predict_dataset=settings["valid_dataset"], accelerator="cpu")
+    assert len(again) == len(rows)
+    for one, other in zip(rows, again, strict=True):
+        assert alike(one, json.loads(json.dumps(other))), (one, other)
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return abs(one - other) < 1e-5 if isinstance(one, float) else one == other
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_round(task: str, model: str, tmp_path: Path) -> None:
+    if not has_head(task, model):
+        with pytest.raises(InputError, match="cannot make a model"):
+            train(**flags(task, model, tmp_path))
+        pytest.skip(f"transformers has no {model} with this head, and the error says so")
+    go_round(task, model, tmp_path)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    print("| task | " + " | ".join(MODELS) + " |")
+    print("|---" * (len(MODELS) + 1) + "|")
+    for task in TASKS:
+        cells = []
+        for model in MODELS:
+            with tempfile.TemporaryDirectory() as folder:
+                if has_head(task, model):
+                    go_round(task, model, Path(folder))
+                cells.append("x" if has_head(task, model) else "-")
+        print(f"| {task} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
