@@ -20,27 +20,24 @@ def masked(
     """Select tokens and mask, replace or leave them (Devlin et al. 2019, section 3.1).
 
     ids: (T,). selectable: (T,) bool, False for special tokens. actions: probabilities that a selected token becomes
-    mask_id, one of `ordinary` (ids, uniformly), or stays. words: (T,) word ids; all pieces of a word are selected or
-    none. exact: select max(1, round(p * n)) of the n tokens (words), not each with probability p.
+    mask_id, one of `ordinary` (ids, uniformly), or stays; drawn for each token. words: (T,) word ids; all pieces of a
+    word are selected or none. exact: select max(1, round(p * n)) of the n tokens (words), not each with probability p.
 
-    Returns the corrupted ids and which tokens were selected, both (T,). Whatever is drawn, a token's chance of being
-    selected is `probability` (exact: that of the rounded count).
+    Returns the corrupted ids and which tokens were selected, both (T,). Every token's chance of being selected is
+    `probability` (exact: the rounded count's share).
     """
     if abs(sum(actions) - 1) > 1e-6:
         raise InputError(f"the probabilities of masking, replacing and leaving must add to 1; got {actions}.")
-    if words is None:
-        group = np.cumsum(selectable) - 1
-    else:  # number of the word within the text, counting those that can be selected
-        begins = selectable & (np.diff(words, prepend=words[0] - 1) != 0)
-        begins |= selectable & ~np.concatenate([[False], selectable[:-1]])
-        group = np.cumsum(begins) - 1
-    n = int(group[selectable].max(initial=-1)) + 1
+    places = np.flatnonzero(selectable)
+    group = np.arange(len(places)) if words is None else np.unique(words[places], return_inverse=True)[1]
+    n = int(group.max(initial=-1)) + 1
     if exact:
         drawn = np.zeros(n, bool)
-        drawn[rng.permutation(n)[: max(1, round(probability * n))]] = n > 0
+        drawn[rng.permutation(n)[: max(1, round(probability * n))]] = True
     else:
         drawn = rng.random(n) < probability
-    chosen = selectable & drawn[np.clip(group, 0, max(0, n - 1))] if n else np.zeros(len(ids), bool)
+    chosen = np.zeros(len(ids), bool)
+    chosen[places] = drawn[group]
     action = rng.random(len(ids))
     corrupt = ids.copy()
     corrupt[chosen & (action < actions[0])] = mask_id

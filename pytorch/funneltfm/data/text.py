@@ -1,5 +1,6 @@
 """Texts to token ids with any fast tokenizer of `transformers`: one, two or more texts a row, cut to fit."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from funneltfm.errors import InputError, brief
 
 Text = str | list[str]  # a text, or its words
 NO_WORD = -1  # the word id of a special token
+_AT_ONCE = 1000  # texts that are tokenised together: what the tokenizer keeps of each is large
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Layout:
     suffix_alone: list[int]
     """After a single text."""
     types: tuple[int, int] | None
-    """Token types of the first and the second text, with the special tokens around; None where there are none."""
+    """Token types of the first and the second text; None where the tokenizer tells no tokens apart."""
+    special_types: dict[str, list[int]]
+    """Token types of prefix, between, suffix and suffix_alone."""
 
     def n_special(self, n_texts: int) -> int:
         if n_texts == 1:
@@ -71,19 +75,32 @@ class TextEncoder:
         probe = next((word for word in ("a", "1", ".") if self._bare(word)), None)
         if probe is None:
             raise InputError(f"the tokenizer {tokenizer.name_or_path} makes nothing of the texts 'a', '1' and '.'.")
-        alone, pair = tokenizer(probe), tokenizer(probe, probe)
-        where = pair.sequence_ids(0)
-        first = [i for i, side in enumerate(where) if side == 0]
-        second = [i for i, side in enumerate(where) if side == 1]
-        ids, after = pair["input_ids"], max(i for i, side in enumerate(alone.sequence_ids(0)) if side == 0) + 1
-        types = pair.get("token_type_ids")
+        alone, pair = (tokenizer(*texts, return_token_type_ids=True) for texts in ((probe,), (probe, probe)))
+        first, second = ([i for i, n in enumerate(pair.sequence_ids(0)) if n == side] for side in (0, 1))
+        end = max(i for i, side in enumerate(alone.sequence_ids(0)) if side == 0) + 1
+        spans = {
+            "prefix": (pair, slice(0, first[0])),
+            "between": (pair, slice(first[-1] + 1, second[0])),
+            "suffix": (pair, slice(second[-1] + 1, None)),
+            "suffix_alone": (alone, slice(end, None)),
+        }
+        types = pair["token_type_ids"]
         return Layout(
-            prefix=ids[: first[0]],
-            between=ids[first[-1] + 1 : second[0]],
-            suffix=ids[second[-1] + 1 :],
-            suffix_alone=alone["input_ids"][after:],
-            types=None if types is None else (types[first[0]], types[second[0]]),
+            **{name: encoding["input_ids"][span] for name, (encoding, span) in spans.items()},
+            types=(types[first[0]], types[second[0]]) if any(types) else None,
+            special_types={name: encoding["token_type_ids"][span] for name, (encoding, span) in spans.items()},
         )
+
+    @cached_property
+    def special_ids(self) -> np.ndarray:
+        """Ids that stand for no text, sorted."""
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """All other ids, sorted."""
+        known = np.fromiter(self.tokenizer.get_vocab().values(), np.int64)
+        return np.setdiff1d(known, self.special_ids)
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -93,23 +110,24 @@ class TextEncoder:
         if not texts:
             return
         words = not isinstance(texts[0], str)
-        if words and getattr(self.tokenizer, "add_prefix_space", True) is False:
+        if words and not takes_words(self.tokenizer):
             raise InputError(
                 "this tokenizer joins words to the text before them unless it is loaded with add_prefix_space=True; "
                 "words that are given one by one would come out wrong."
             )
-        encoding = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            is_split_into_words=words,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        for i, ids in enumerate(encoding["input_ids"]):
-            word_ids = [NO_WORD if word is None else word for word in encoding.word_ids(i)]
-            yield Pieces(ids, word_ids, encoding["offset_mapping"][i])
+        for start in range(0, len(texts), _AT_ONCE):
+            encoding = self.tokenizer(
+                list(texts[start : start + _AT_ONCE]),
+                add_special_tokens=False,
+                is_split_into_words=words,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for i, ids in enumerate(encoding["input_ids"]):
+                word_ids = [NO_WORD if word is None else word for word in encoding.word_ids(i)]
+                yield Pieces(ids, word_ids, encoding["offset_mapping"][i])
 
     def encode(self, rows: Sequence[Sequence[Text]]) -> list[dict[str, Any]]:
         """Examples of rows of texts: "input_ids", "word_ids" (word_ids of later texts go on counting; NO_WORD for
@@ -122,26 +140,65 @@ class TextEncoder:
         pieces = self.pieces(flat)
         return [self.join([next(pieces) for _ in row]) for row in rows]
 
-    def join(self, parts: Sequence[Pieces]) -> dict[str, Any]:
-        """One example of the pieces of a row's texts."""
-        layout, n = self.layout, len(parts)
-        room = self.max_length - layout.n_special(n)
+    def check_types(self, known: int) -> None:
+        """An InputError for token types that a model which knows so many does not have; with one or none it is given
+        no types, so there must be none that were asked for.
+        """
+        if self.token_types is not None and max(self.token_types) >= known:
+            raise InputError(
+                f"--extended_token_type_ids {' '.join(map(str, self.token_types))}, but the model knows {known} token "
+                f"types. From scratch, --additional_config_kwargs type_vocab_size=N may give it more."
+            )
+        layout = self.layout
+        made = {*(layout.types or ()), *(t for types in layout.special_types.values() for t in types)}
+        if 1 < known <= max(made):
+            raise InputError(
+                f"the tokenizer makes the token type {max(made)}, but the model knows {known} types: they do not "
+                f"belong together."
+            )
+
+    def room(self, n: int) -> int:
+        """Tokens that n texts may have together beside the special ones; an InputError where it is too small."""
+        room = self.max_length - self.layout.n_special(n)
         if room < n:
             raise InputError(
-                f"max_sequence_length {self.max_length} leaves no room for {n} texts beside {layout.n_special(n)} "
+                f"max_sequence_length {self.max_length} leaves no room for {n} texts beside {self.layout.n_special(n)} "
                 f"special tokens."
             )
-        lengths = fit_lengths([len(part.ids) for part in parts], room)
-        ids, words, types = list(layout.prefix), [NO_WORD] * len(layout.prefix), [self._type(0)] * len(layout.prefix)
+        return room
+
+    def join(self, parts: Sequence[Pieces]) -> dict[str, Any]:
+        """One example of the pieces of a row's texts."""
+        lengths = fit_lengths([len(part.ids) for part in parts], self.room(len(parts)))
+        words: list[list[int]] = []
         first_word = 0
-        for number, (part, length) in enumerate(zip(parts, lengths, strict=True)):
-            after = layout.between if number < n - 1 else layout.suffix if n > 1 else layout.suffix_alone
-            ids += part.ids[:length] + after
-            words += [w if w == NO_WORD else w + first_word for w in part.word_ids[:length]] + [NO_WORD] * len(after)
-            types += [self._type(number)] * (length + len(after))
+        for part, length in zip(parts, lengths, strict=True):
+            words.append([w if w == NO_WORD else w + first_word for w in part.word_ids[:length]])
             first_word += max(part.word_ids, default=-1) + 1
-        example = {"input_ids": ids, "word_ids": words}
+        return self.example([part.ids[:length] for part, length in zip(parts, lengths, strict=True)], words)
+
+    def example(self, texts: Sequence[list[int]], words: Sequence[list[int]]) -> dict[str, Any]:
+        """An example of the ids and the word ids of texts that fit: with the special tokens around, and types."""
+        layout, n = self.layout, len(texts)
+        ids, word_ids = list(layout.prefix), [NO_WORD] * len(layout.prefix)
+        types = self._special_types("prefix", 0)
+        for number, (text, of_text) in enumerate(zip(texts, words, strict=True)):
+            name = "between" if number < n - 1 else "suffix" if n > 1 else "suffix_alone"
+            after: list[int] = getattr(layout, name)
+            ids += text + after
+            word_ids += of_text + [NO_WORD] * len(after)
+            types += [self._type(number)] * len(text) + self._special_types(name, number)
+        example = {"input_ids": ids, "word_ids": word_ids}
         return example if layout.types is None and self.token_types is None else example | {"token_type_ids": types}
+
+    def _special_types(self, name: str, number: int) -> list[int]:
+        """Token types of the special tokens beside a text. Where the tokenizer does not say (token_types, or a third
+        text), they are the text's, but for those with a type of their own, such as [CLS] of Funnel.
+        """
+        types = self.layout.special_types[name]
+        if self.token_types is None and not (name == "between" and number > 0):
+            return list(types)
+        return [self._type(number) if kind in (self.layout.types or (0,)) else kind for kind in types]
 
     def _type(self, number: int) -> int:
         """Token type of the text with this number."""
@@ -176,27 +233,58 @@ def fit_lengths(lengths: Sequence[int], room: int) -> list[int]:
     return cut
 
 
-def get_text_tokenizer(path: str, add_prefix_space: bool = False) -> Any:
+def takes_words(tokenizer: Any) -> bool:
+    """Whether the words of a text, given one by one, come out as in the text; byte-level BPE as RoBERTa has it needs
+    add_prefix_space for that.
+    """
+    probe = ["a", "1", "."]
+    apart = tokenizer(probe, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return apart[1:] == tokenizer(" ".join(probe), add_special_tokens=False)["input_ids"][1:]
+
+
+def get_text_tokenizer(path: str, words: bool = False) -> Any:
     """A fast tokenizer of `transformers`: a folder or a name that AutoTokenizer knows, a tokenizer.json, or a
     vocab.txt with one piece a line (BERT's and Funnel's kind; lower case unless its name says cased).
+
+    words: texts will be given word by word, so it must be one that `takes_words`; others get a prefix space.
     """
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError as error:
         raise InputError(f"pipelines need `transformers` ({error}): pip install 'funneltfm[hf]'.") from error
-    file = Path(path)
-    more = {"add_prefix_space": True} if add_prefix_space else {}
     try:
-        if file.is_file() and file.suffix == ".txt":
-            cased = "cased" in file.name.lower().replace("uncased", "")
-            return transformers.BertTokenizer(vocab=str(file), do_lower_case=not cased)
-        if file.is_file() and file.suffix == ".json":
-            return _with_specials(transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **more))
-        return transformers.AutoTokenizer.from_pretrained(path, **more)
+        tokenizer = _loaded(path)
+        if words and not takes_words(tokenizer):
+            tokenizer = _loaded(path, add_prefix_space=True)
+        if words and not takes_words(tokenizer):  # classes that know no such argument
+            backend = tokenizer.backend_tokenizer
+            state = json.loads(backend.to_str())
+            _set_prefix_space(state["pre_tokenizer"])
+            backend.pre_tokenizer = type(backend).from_str(json.dumps(state)).pre_tokenizer
+        return tokenizer
     except InputError:
         raise
     except Exception as error:  # transformers, tokenizers and the hub raise all kinds
         raise InputError(f"cannot load a tokenizer from {path}: {brief(' '.join(str(error).split()), 500)}") from error
+
+
+def _loaded(path: str, **more: Any) -> Any:
+    import transformers
+
+    file = Path(path)
+    if file.is_file() and file.suffix == ".txt":
+        cased = "cased" in file.name.lower().replace("uncased", "")
+        return transformers.BertTokenizer(vocab=str(file), do_lower_case=not cased)
+    if file.is_file() and file.suffix == ".json":
+        return _with_specials(transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **more))
+    return transformers.AutoTokenizer.from_pretrained(path, **more)
+
+
+def _set_prefix_space(state: Any) -> None:
+    """Put a space before every text, in the JSON of a byte-level pre-tokenizer or of a sequence with one."""
+    for part in [state or {}, *((state or {}).get("pretokenizers", []))]:
+        if part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = True
 
 
 _SPECIAL = {

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features, pad
-from funneltfm.data.text import TextEncoder
+from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASKS, task_names
 from funneltfm.tasks.heads import replayed
@@ -41,14 +42,22 @@ class Task:
     lower_is_better: ClassVar[bool] = False
     """Of the main metric."""
     words: ClassVar[bool] = False
-    """The texts are lists of words."""
+    """The texts are lists of words; tasks that are mixed with it read the same."""
     corrupts: ClassVar[bool] = False
     """It corrupts its input and makes its own labels in `prepare`; in a mixture it works on what the others encode."""
 
     def __init__(self, args: Any):
         self.args = args
+        self.reader: Task = self  # of a mixture, the task whose texts all read
 
     # ---- data
+
+    def texts(self, rows: Sequence[Row], where: str) -> list[Sequence[Text]]:
+        """The texts of every row, from --input_columns (or --input_column, default: text)."""
+        if self.args.input_columns is not None and self.args.input_column is not None:
+            raise InputError("--input_columns and --input_column name the same thing; give one of them.")
+        columns = self.args.input_columns or (self.args.input_column or "text",)
+        return [texts_of(row, columns, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
 
     def learn(self, rows: Iterable[Row]) -> None:
         """Take from the training rows what the task has to know beforehand (the names of the labels)."""
@@ -137,12 +146,21 @@ class Task:
         """The state of the run that has trained the model."""
 
 
+def own_id(row: Row) -> dict[str, Any]:
+    """{"id": the row's own}, for predictions; empty where it has none."""
+    return {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
+
+
 def make_tasks(pipeline: str, args: Any) -> list[Task]:
     """The tasks of a pipeline, those that corrupt last: they work on what the others have made."""
     tasks = []
     for name in task_names(pipeline):
         module, _, cls = TASKS[name][0].partition(":")
         tasks.append(getattr(importlib.import_module(module), cls)(args))
+    if args.packing and len(tasks) > 1:
+        raise InputError(f"--packing is for masked_lm alone: in {pipeline} every row has its own labels. Leave it out.")
+    for task in tasks:
+        task.reader = next((other for other in tasks if other.words), task)
     return sorted(tasks, key=lambda task: task.corrupts)
 
 
@@ -189,11 +207,12 @@ class Collate:
     """Examples to a batch: "index" (B,), "inputs" (what the encoder takes: input_ids, attention_mask with 1 = real,
     token_type_ids, each (texts, T) int64), and the tasks' own tensors.
 
-    length: pad every batch to this many tokens; None pads to its longest text.
+    length: pad every batch to this many tokens; None pads to its longest text. token_types: whether the encoder knows
+    types of tokens; otherwise it gets none.
     """
 
-    def __init__(self, tasks: Sequence[Task], tokenizer: Any, length: int | None = None):
-        self.tasks, self.length = tasks, length
+    def __init__(self, tasks: Sequence[Task], tokenizer: Any, length: int | None = None, token_types: bool = True):
+        self.tasks, self.length, self.token_types = tasks, length, token_types
         self.pad_id, self.pad_type = tokenizer.pad_token_id, tokenizer.pad_token_type_id
         self.left = tokenizer.padding_side == "left"
 
@@ -208,7 +227,7 @@ class Collate:
             "input_ids": pad(ids, self.pad_id, length, self.left),
             "attention_mask": pad([np.ones_like(row) for row in ids], 0, length, self.left),
         }
-        if "token_type_ids" in examples[0]:
+        if self.token_types and "token_type_ids" in examples[0]:
             inputs["token_type_ids"] = tokens("token_type_ids", self.pad_type)
         batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}
         for task in self.tasks:

@@ -56,7 +56,9 @@ class TokenFlags:
     """Tagging"""
 
     label_scheme: Literal["auto", "bio", "bioes", "iob1", "none"] = "auto"
-    """How labels mark entities; auto looks at the labels, none scores tokens alone (parts of speech)."""
+    """How labels mark entities; auto looks at the labels, none scores words alone (parts of speech). bio and iob1
+    have B-TYPE, I-TYPE and O, bioes has E-TYPE and S-TYPE (or L- and U-) too.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,7 @@ _MASKING = (
 )
 _LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
 _JOINT = ("k", "classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
-_TOKEN_CLASS = ("input_column", *_LABELS, "label_scheme", "token_class_weight")
+_TOKEN_CLASS = ("input_column", "input_columns", *_LABELS, "label_scheme", "token_class_weight")
 
 # Where each task is written, and the flags that it reads.
 TASKS: dict[str, tuple[str, frozenset[str]]] = {

@@ -1,6 +1,8 @@
 """One encoder, and the heads of several `transformers` models on it."""
 
 import contextlib
+import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,15 @@ from torch import Tensor, nn
 def backbone_of(model: nn.Module) -> nn.Module:
     """The encoder of a `transformers` model; a model that is one is its own."""
     return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+
+def n_token_types(model: nn.Module) -> int:
+    """How many types of tokens (token_type_ids) a model's encoder tells apart; 0: it takes none."""
+    backbone = backbone_of(model)
+    if "token_type_ids" not in inspect.signature(backbone.forward).parameters:
+        return 0
+    # What has no table of types, such as Funnel, compares them.
+    return getattr(backbone.config, "type_vocab_size", sys.maxsize)
 
 
 @contextlib.contextmanager

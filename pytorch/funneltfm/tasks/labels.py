@@ -1,20 +1,57 @@
 """The classes of a task: their names, in an order that the data alone decides."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funneltfm.errors import InputError, brief
 
 _MANY = 10_000  # more different labels than this are no classes
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+def labels_of(rows: Iterable[dict[str, Any]], column: str) -> Iterator[Any]:
+    """The label of every row (or its list of labels); None where the column is missing, null or empty text.
+
+    Where the source knows the names of numbers (a ClassLabel of the datasets library) the names come in their place,
+    and None for its -1.
+    """
+    names = class_names(rows, column)
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        if names is not None and type(value) is int and -1 <= value < len(names):
+            return names[value] if value >= 0 else None
+        return None if value == "" else value
+
+    return (named(row.get(column)) for row in rows)
+
+
+def class_names(rows: Iterable[dict[str, Any]], column: str) -> list[str] | None:
+    """The names of the numbers in a column, where the source knows them."""
+    return getattr(rows, "class_names", lambda column: None)(column)
+
+
+def all_or_none(labels: Sequence[Any], column: str, where: str) -> bool:
+    """Whether the rows have labels; an InputError where some have and some have not."""
+    missing = [i for i, label in enumerate(labels) if label is None]
+    if missing and len(missing) < len(labels):
+        raise InputError(
+            f"{where}, row {missing[0] + 1}: no {column}, but other rows have one. Label all rows, or none."
+        )
+    return not missing
 
 
 class Labels:
     """Names of classes (text, whole numbers or truth values, as the data has them) and their numbers.
 
     num_labels: how many there must be; more than the training data has are filled up where labels are numbers.
+    A number and the text that spells it, 1 and "1", are one class.
     """
 
     def __init__(self, num_labels: int | None = None):
@@ -26,30 +63,37 @@ class Labels:
     def __len__(self) -> int:
         return len(self.names)
 
-    def load(self, names: list[Any]) -> None:
+    def load(self, names: Sequence[Any]) -> None:
         """Take these classes."""
-        self.names = names
-        self._index = {name: i for i, name in enumerate(names)}
+        self.names = list(names)
+        self._index = {_key(name): i for i, name in enumerate(self.names)}
 
-    def learn(self, values: Iterable[Any], column: str) -> None:
+    def learn(self, values: Iterable[Any], column: str, names: Sequence[str] | None = None) -> None:
         """Take the classes from the labels of the training data: numbers in their order, text in that of the
-        alphabet.
+        alphabet; None is no label. names: all classes, where the source knows them.
         """
-        seen = {value for value in map(_plain, values) if value is not None}
+        seen: dict[Any, Any] = {}
+        for value in values:
+            if value is not None:
+                seen.setdefault(_key(value), _plain(value))
         if not seen:
             raise InputError(f"the training data has no labels in {column}. Name their column with --label_column.")
-        if len(seen) > _MANY or any(isinstance(value, float) for value in seen):
+        if len(seen) > _MANY or any(isinstance(key, float) for key in seen):
+            odd = next((key for key in seen if isinstance(key, float)), next(iter(seen)))
             raise InputError(
-                f"{column} has {len(seen)} different values, such as {brief(repr(next(iter(seen))))}: these are no "
-                f"classes. For numbers to predict, give --regression."
+                f"{column} has {len(seen)} different values, such as {brief(repr(odd))}: these are no classes. For "
+                f"numbers to predict, give --regression."
             )
-        numbers = _as_numbers(seen)
-        if numbers is not None and min(numbers) >= 0 and max(numbers) < max(len(seen), self.num_labels or 0):
-            text = isinstance(next(iter(seen)), str)
-            count = self.num_labels or len(seen)
+        count = max(len(seen), self.num_labels or 0)
+        if names is not None and all(name in names for name in seen.values()):
+            self.load(names)
+        elif all(isinstance(key, int) and 0 <= key < count for key in seen):
+            text = all(isinstance(name, str) for name in seen.values())
             self.load([str(i) if text else i for i in range(count)])
+        elif all(isinstance(key, int) for key in seen):
+            self.load([seen[key] for key in sorted(seen)])
         else:
-            self.load(sorted(seen, key=lambda value: (str(type(value)), value)))
+            self.load(sorted(map(str, seen.values())))
         if self.num_labels is not None and self.num_labels != len(self.names):
             raise InputError(
                 f"--num_labels={self.num_labels}, but {column} has {len(self.names)} classes: "
@@ -58,25 +102,30 @@ class Labels:
 
     def index(self, value: Any, where: str) -> int:
         """Number of a class; an InputError for a label that the training data does not have."""
-        plain, index = _plain(value), self._index
-        if plain not in index and isinstance(plain, int) and str(plain) in index:
-            plain = str(plain)
-        elif plain not in index and isinstance(plain, str) and plain.lstrip("-").isdigit() and int(plain) in index:
-            plain = int(plain)
-        if plain not in index:
+        number = None if value is None else self._index.get(_key(value))
+        if number is None:
             raise InputError(
                 f"{where}: the label {value!r} is none of the {len(self.names)} classes of the training data: "
                 f"{brief(', '.join(map(str, self.names)))}."
             )
-        return index[plain]
+        return number
 
-    def weights(self, given: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-        """--label_weights as a tensor (C,)."""
+    def check_weights(self, given: Sequence[float] | None) -> None:
+        """An InputError for --label_weights that do not fit the classes."""
         if given is None:
-            return None
+            return
         if len(given) != len(self.names):
-            raise InputError(f"--label_weights has {len(given)} weights, but there are {len(self.names)} classes.")
-        return torch.tensor(given, device=device)
+            raise InputError(
+                f"--label_weights has {len(given)} weights, but there are {len(self.names)} classes: "
+                f"{brief(', '.join(map(str, self.names)))}."
+            )
+        if min(given) < 0 or max(given) <= 0:
+            raise InputError(f"--label_weights must not be negative, and not all 0; got {' '.join(map(str, given))}.")
+
+    def weights(self, given: Sequence[float] | None, device: torch.device) -> Tensor | None:
+        """--label_weights as a tensor (C,)."""
+        self.check_weights(given)
+        return None if given is None else torch.tensor(given, device=device)
 
     def model_config(self) -> dict[str, Any]:
         names = [str(name) for name in self.names]
@@ -87,21 +136,34 @@ class Labels:
         }
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The cross entropy of each of n predictions, and what it counts, both (n,) float32: the mean loss is the sum of
+    the one divided by the sum of the other.
+
+    logits: (n, C). labels: (n,) of classes. weight: (C,). smoothing: the share of the target that goes to all classes
+    evenly (Szegedy et al. 2016, section 7), each by its weight.
+    """
+    losses = F.cross_entropy(logits.float(), labels, weight=weight, label_smoothing=smoothing, reduction="none")
+    return losses, torch.ones_like(losses) if weight is None else weight[labels].float()
+
+
+def mean(losses: Tensor, counts: Tensor) -> Tensor:
+    """The weighted mean, a scalar; 0 where nothing counts."""
+    return losses.sum() / counts.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _plain(value: Any) -> Any:
-    """A label as one of str, int, float or None; truth values are 0 and 1."""
+    """A label as one of str, int or float; truth values are 0 and 1."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str | int | float):
         return value
     raise InputError(f"a label must be text or a number; got {brief(repr(value))}.")
 
 
-def _as_numbers(values: set[Any]) -> list[int] | None:
-    """The values as whole numbers, where all of them are."""
-    if all(isinstance(value, int) for value in values):
-        return list(values)
-    if all(isinstance(value, str) and value.isdigit() and str(int(value)) == value for value in values):
-        return [int(value) for value in values]
-    return None
+def _key(value: Any) -> Any:
+    """What is equal for equal labels: text that spells a whole number is that number."""
+    plain = _plain(value)
+    return int(plain) if isinstance(plain, str) and _WHOLE.fullmatch(plain) else plain

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funneltfm.data.columns import texts_of
 from funneltfm.data.corruption import masked
 from funneltfm.data.features import Batch, Example, Features
-from funneltfm.data.text import NO_WORD, TextEncoder, special_ids
-from funneltfm.tasks.base import IGNORED, Record, Row, Task
+from funneltfm.data.text import NO_WORD, Text, TextEncoder
+from funneltfm.errors import InputError
+from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
 from funneltfm.tasks.heads import replayed, selected
 
 
@@ -25,37 +25,34 @@ class MaskedLM(Task):
     lower_is_better = True
     corrupts = True
 
+    def __init__(self, args: Any):
+        super().__init__(args)
+        if args.probability == 0:
+            raise InputError("--probability is 0: no token would be selected, so there is nothing to learn.")
+
     # ---- data
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        columns = self.args.input_columns or (self.args.input_column or "text",)
-        texts = [texts_of(row, columns, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
+        texts = self.reader.texts(rows, where)
         if self.args.packing:
             return _packed(texts, text)
         return [example | {"row": i} for i, example in enumerate(text.encode(texts))]
 
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
-        args, ids = self.args, example["input_ids"]
-        actions = (args.probability_masked, args.probability_replaced, args.probability_unchanged)
-        words = example["word_ids"]
+        """Special tokens are never selected, also where a text spells one."""
+        args, ids, words = self.args, example["input_ids"], example["word_ids"]
         corrupt, chosen = masked(
             ids,
-            words != NO_WORD,
+            (words != NO_WORD) & ~np.isin(ids, text.special_ids),
             rng,
             args.probability,
-            actions,
+            (args.probability_masked, args.probability_replaced, args.probability_unchanged),
             mask_id=text.tokenizer.mask_token_id,
-            ordinary=self._ordinary(text),
+            ordinary=text.ordinary_ids,
             words=words if args.whole_word_masking else None,
             exact=args.exact_masking,
         )
         return example | {"input_ids": corrupt, "masked_lm_labels": np.where(chosen, ids, IGNORED)}
-
-    def _ordinary(self, text: TextEncoder) -> np.ndarray:
-        """Ids that stand for text: what a random token is drawn from."""
-        if not hasattr(self, "_ids"):
-            self._ids = np.setdiff1d(np.arange(len(text.tokenizer)), special_ids(text.tokenizer))
-        return self._ids
 
     def collate(self, examples: list[Example], tokens: Callable[[str, int], Tensor]) -> Batch:
         return {"masked_lm_labels": tokens("masked_lm_labels", IGNORED)} if "masked_lm_labels" in examples[0] else {}
@@ -100,40 +97,41 @@ class MaskedLM(Task):
     def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
         """Sums over the whole split: perplexity is exp of the mean over its selected tokens."""
         nll, found, count = (sum(record[name] for record in records) for name in ("nll", "found", "count"))
-        loss = nll / max(count, 1)
-        return {"accuracy": found / max(count, 1), "perplexity": float(np.exp(min(loss, 700.0))), "loss": loss}
+        if count == 0:
+            raise InputError(
+                f"masked_lm has nothing to score: no token of {len(records)} examples was selected. Their texts are "
+                f"empty, or so few and short that --exact_masking is needed."
+            )
+        return {"accuracy": found / count, "perplexity": float(np.exp(min(nll / count, 700.0))), "loss": nll / count}
 
     def predict(self, records: list[Record], features: Features, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        for record in records:
-            yield {"loss": record["nll"] / max(record["count"], 1), "selected": int(record["count"])}
+        """The mean loss of each row's (block's) selected tokens, null where none was."""
+        for record, row in zip(records, features.plain["row"], strict=True):
+            loss = record["nll"] / record["count"] if record["count"] else None
+            yield own_id(rows[int(row)]) | {"loss": loss, "selected": int(record["count"])}
 
 
-def _packed(texts: Sequence[Sequence[Any]], text: TextEncoder) -> list[Example]:
+def _packed(rows: Sequence[Sequence[Text]], text: TextEncoder) -> list[Example]:
     """All texts one after another, each followed by the separator, cut into blocks of max_length tokens with the
-    special tokens around; what is left at the end is a shorter block.
+    special tokens around; what is left at the end is a shorter block. A block's row is that of its first token.
     """
     layout = text.layout
+    separator = layout.suffix_alone[:1]
+    room = text.room(1)
     ids: list[int] = []
     words: list[int] = []
     starts: list[int] = []  # of each row's first token
     first_word = 0
-    for row in texts:
+    pieces = text.pieces([part for row in rows for part in row])
+    for row in rows:
         starts.append(len(ids))
-        for part in text.pieces(row):
-            ids += part.ids + layout.suffix_alone[:1]
-            words += [w if w == NO_WORD else w + first_word for w in part.word_ids]
-            words += [NO_WORD] * len(layout.suffix_alone[:1])
+        for part in (next(pieces) for _ in row):
+            ids += part.ids + separator
+            words += [w if w == NO_WORD else w + first_word for w in part.word_ids] + [NO_WORD] * len(separator)
             first_word += max(part.word_ids, default=-1) + 1
-    room = text.max_length - layout.n_special(1)
-    examples = []
-    for start in range(0, len(ids), max(1, room)):
-        block, block_words = ids[start : start + room], words[start : start + room]
-        example: Example = {
-            "input_ids": layout.prefix + block + layout.suffix_alone,
-            "word_ids": [NO_WORD] * len(layout.prefix) + block_words + [NO_WORD] * len(layout.suffix_alone),
-            "row": int(np.searchsorted(starts, start, side="right")) - 1,
-        }
-        if layout.types is not None:
-            example["token_type_ids"] = [layout.types[0]] * len(example["input_ids"])
-        examples.append(example)
-    return examples
+    blocks = range(0, len(ids), room)
+    return [
+        text.example([ids[i : i + room]], [words[i : i + room]])
+        | {"row": int(np.searchsorted(starts, i, side="right")) - 1}
+        for i in blocks
+    ]

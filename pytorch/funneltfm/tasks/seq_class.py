@@ -10,12 +10,11 @@ from scipy.special import softmax
 from torch import Tensor
 
 from funneltfm import metrics
-from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import Record, Row, Task
-from funneltfm.tasks.labels import Labels
+from funneltfm.tasks.base import Record, Row, Task, own_id
+from funneltfm.tasks.labels import Labels, all_or_none, class_names, cross_entropy, labels_of, mean
 
 
 class SeqClass(Task):
@@ -28,6 +27,10 @@ class SeqClass(Task):
         super().__init__(args)
         self.label_column = args.label_column or "label"
         self.labels = Labels(args.num_labels)
+        if args.regression:
+            for name, unset in (("num_labels", None), ("label_weights", None), ("label_smoothing", 0.0)):
+                if getattr(args, name) != unset:
+                    raise InputError(f"--{name} is about classes, and with --regression there are none. Give one.")
 
     @property
     def main_metric(self) -> str:  # type: ignore[override]
@@ -37,20 +40,18 @@ class SeqClass(Task):
 
     def learn(self, rows: Iterable[Row]) -> None:
         if not self.args.regression:
-            self.labels.learn((row.get(self.label_column) for row in rows), self.label_column)
+            column = self.label_column
+            self.labels.learn(labels_of(rows, column), column, class_names(rows, column))
+            self.labels.check_weights(self.args.label_weights)
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        columns = self.args.input_columns or (self.args.input_column or "text",)
-        texts = [texts_of(row, columns, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
-        examples = text.encode(texts)
-        labelled = [row.get(self.label_column) is not None for row in rows]
-        if any(labelled) and not all(labelled):
-            missing = labelled.index(False)
-            raise InputError(f"{where}, row {missing + 1}: no {self.label_column}, but other rows have one.")
+        examples: list[Example] = text.encode(self.reader.texts(rows, where))
+        labels = list(labels_of(rows, self.label_column))
+        labelled = all_or_none(labels, self.label_column, where)
         for i, example in enumerate(examples):
             example["row"] = i
-            if labelled[i]:
-                example["seq_class_labels"] = self._label(rows[i][self.label_column], f"{where}, row {i + 1}")
+            if labelled:
+                example["seq_class_labels"] = self._label(labels[i], f"{where}, row {i + 1}")
         return examples
 
     def _label(self, value: Any, where: str) -> float:
@@ -81,7 +82,7 @@ class SeqClass(Task):
         if self.args.regression:
             return F.mse_loss(logits[:, 0].float(), labels.float())
         weight = self.labels.weights(self.args.label_weights, logits.device)
-        return F.cross_entropy(logits.float(), labels, weight=weight, label_smoothing=self.args.label_smoothing)
+        return mean(*cross_entropy(logits, labels, weight, self.args.label_smoothing))
 
     # ---- scores
 
@@ -103,17 +104,18 @@ class SeqClass(Task):
         return metrics.by_class(logits.argmax(-1), labels, len(self.labels)) | {"loss": loss}
 
     def predict(self, records: list[Record], features: Features, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        names, labels = self.labels.names, features.plain.get("seq_class_labels")
         for i, record in enumerate(records):
             logits = record["logits"]
+            result = own_id(rows[int(features.plain["row"][i])])
             if self.args.regression:
-                result: dict[str, Any] = {"prediction": float(logits[0])}
+                result["prediction"] = float(logits[0])
             else:
-                scores = softmax(logits.astype(np.float64))
-                names = map(str, self.labels.names)
-                result = {"prediction": self.labels.names[int(logits.argmax())]}
-                result["scores"] = dict(zip(names, scores.round(6).tolist(), strict=True))
-            if "seq_class_labels" in features.plain:
-                result["label"] = rows[i][self.label_column]
+                scores = softmax(logits.astype(np.float64)).round(6).tolist()
+                result["prediction"] = names[int(logits.argmax())]
+                result["scores"] = dict(zip(map(str, names), scores, strict=True))
+            if labels is not None:
+                result["label"] = float(labels[i]) if self.args.regression else names[int(labels[i])]
             yield result
 
     # ---- what a trained task knows

@@ -31,9 +31,7 @@ def load_tokenizer(args: Args, tasks: Sequence[Task]) -> Any:
             "name the tokenizer: --pre_trained_tokenizer (a folder, a tokenizer.json, a vocab.txt, or a name on the "
             "hub), or a --pre_trained_model that has one."
         )
-    tokenizer = get_text_tokenizer(path)
-    if any(task.words for task in tasks) and getattr(tokenizer, "add_prefix_space", True) is False:
-        tokenizer = get_text_tokenizer(path, add_prefix_space=True)
+    tokenizer = get_text_tokenizer(path, words=any(task.words for task in tasks))
     if any(task.corrupts for task in tasks) and tokenizer.mask_token_id is None:
         raise InputError(f"the tokenizer {path} has no mask token, which masked language modelling needs.")
     return tokenizer

@@ -29,6 +29,7 @@ from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, make_tasks
+from funneltfm.tasks.heads import n_token_types
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
@@ -201,6 +202,7 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
     splits, draw = ranks.main_first(lambda: load_splits(args, tasks, text))
     resume_from = ranks.main_decides(lambda: _resume_from(args, outputs))
     heads = ranks.main_first(lambda: make_heads(args, tasks, tokenizer))
+    text.check_types(n_token_types(heads.backbone))
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     if ranks.is_main() and not args.fast_dev_run:
@@ -338,7 +340,8 @@ def _loading(args: Args) -> dict[str, Any]:
 
 
 def _collate(args: Args, module: TaskModule, text: TextEncoder) -> Collate:
-    return Collate(module.tasks, text.tokenizer, args.max_sequence_length if args.pad_to_max_length else None)
+    length = args.max_sequence_length if args.pad_to_max_length else None
+    return Collate(module.tasks, text.tokenizer, length, token_types=n_token_types(module.heads.backbone) > 1)
 
 
 def _train_loader(
