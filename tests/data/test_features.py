@@ -215,3 +215,23 @@ def test_lightning_sets_the_epoch_and_resumes(stop: int, tmp_path: Any) -> None:
     assert whole.seen == expected
     assert rest.seen == expected[stop:]
     assert torch.equal(rest.weight, whole.weight)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_sizes_of_a_step(start: int) -> None:
+    """Of the batches that are left of it, where a run is resumed within it; what has the weight 0 does not count."""
+    features = Features.of(examples(7))
+    batches = StepSampler(features.lengths, 1, 3, accumulate=3, rank=1, ranks=2)
+
+    def sized(drawn: list[Example]) -> Batch:
+        return {"index": torch.tensor([e["index"] for e in drawn]), "sizes": {"a": float(len(drawn[0]["input_ids"]))}}
+
+    train = TrainLoader(features, sized, batches)
+    train.load_state_dict({"epoch": 0, "taken": start, "per_epoch": 6})
+    out = list(train)
+    assert len(out) == 6 - start
+    for step in (0, 1):
+        of_step = out[max(0, 3 * step - start) : 3 * step + 3 - start]
+        expected = sum(batch["sizes"]["a"] for batch in of_step if batch["weight"])
+        assert [batch["step_sizes"].get("a", 0.0) for batch in of_step] == [expected] * len(of_step)
+    assert [bool(batch["weight"]) for batch in out[-3:]] == [False] * 3

@@ -115,3 +115,8 @@ def tiny_config(model_type: str, vocab_size: int, pad_id: int = 0) -> Any:
     sizes = {} if model_type == "distilbert" else _SIZES
     more = {"max_position_embeddings": 64, "vocab_size": vocab_size, "pad_token_id": pad_id}
     return transformers.CONFIG_MAPPING[model_type](**(sizes | more | _TYPES[model_type]))
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Any]:
+    return tiny_config

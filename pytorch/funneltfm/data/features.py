@@ -106,7 +106,8 @@ class _Weighted:
 
 class TrainLoader(DataLoader):
     """The batches of one epoch after another, those of this process: a batch has "weight", a number, as
-    `StepSampler` says.
+    `StepSampler` says. Where `make` gives it "sizes" by name, "step_sizes" are their sums over this process's batches
+    of the step, without those of weight 0.
 
     prepare: makes of (example, epoch) what is trained on, for objectives that corrupt their input; it must depend on
     the example's "index" and the epoch alone, whichever worker calls it. batches: what deals the examples.
@@ -135,9 +136,17 @@ class TrainLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
         sampler.taken = sampler.begin()
+        step: list[Batch] = []
         for batch in super().__iter__():
-            sampler.taken += 1
-            yield batch
+            step.append(batch)
+            if (sampler.taken + len(step)) % sampler.batches.accumulate:
+                continue
+            sizes = [batch["sizes"] for batch in step if batch["weight"] and "sizes" in batch]
+            total = {name: sum(size[name] for size in sizes) for name in (sizes[0] if sizes else ())}
+            for ready in step:
+                sampler.taken += 1
+                yield ready | {"step_sizes": total}
+            step = []
 
     def state_dict(self) -> dict[str, int]:
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]

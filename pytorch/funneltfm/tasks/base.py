@@ -115,6 +115,10 @@ class Task:
         """Must. The mean loss, a scalar."""
         raise NotImplementedError
 
+    def size(self, batch: Batch) -> float | None:
+        """How much of what the loss is a mean over is in a batch (tokens, say); None: its examples."""
+        return None
+
     # ---- scores
 
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
@@ -205,7 +209,7 @@ class Prepare:
 
 class Collate:
     """Examples to a batch: "index" (B,), "inputs" (what the encoder takes: input_ids, attention_mask with 1 = real,
-    token_type_ids, each (texts, T) int64), and the tasks' own tensors.
+    token_type_ids, each (texts, T) int64), the tasks' own tensors, and "sizes", those of tasks that have one.
 
     length: pad every batch to this many tokens; None pads to its longest text. token_types: whether the encoder knows
     types of tokens; otherwise it gets none.
@@ -232,7 +236,8 @@ class Collate:
         batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}
         for task in self.tasks:
             batch |= task.collate(examples, tokens)
-        return batch
+        sizes = {task.name: task.size(batch) for task in self.tasks}
+        return batch | {"sizes": {name: size for name, size in sizes.items() if size is not None}}
 
 
 def _texts(examples: list[Example], name: str) -> list[np.ndarray]:

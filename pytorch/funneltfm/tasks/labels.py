@@ -127,6 +127,11 @@ class Labels:
         self.check_weights(given)
         return None if given is None else torch.tensor(given, device=device)
 
+    def size(self, labels: Tensor, given: Sequence[float] | None) -> float:
+        """What labels (n,) count together in the loss, with --label_weights or without."""
+        weights = self.weights(given, labels.device)
+        return float(len(labels)) if weights is None else weights[labels].sum().item()
+
     def model_config(self) -> dict[str, Any]:
         names = [str(name) for name in self.names]
         return {

@@ -72,6 +72,10 @@ class MaskedLM(Task):
         labels = labels[labels != IGNORED]
         return F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
 
+    def size(self, batch: Batch) -> float | None:
+        labels = batch.get("masked_lm_labels")
+        return None if labels is None else float((labels != IGNORED).sum())
+
     # ---- scores
 
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:

@@ -84,6 +84,11 @@ class SeqClass(Task):
         weight = self.labels.weights(self.args.label_weights, logits.device)
         return mean(*cross_entropy(logits, labels, weight, self.args.label_smoothing))
 
+    def size(self, batch: Batch) -> float | None:
+        if self.args.label_weights is None or "seq_class_labels" not in batch:
+            return None
+        return self.labels.size(batch["seq_class_labels"], self.args.label_weights)
+
     # ---- scores
 
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:

@@ -131,6 +131,11 @@ class TokenClass(Task):
         chosen = labels != IGNORED
         return mean(*self._losses(logits[chosen], labels[chosen]))
 
+    def size(self, batch: Batch) -> float | None:
+        if (labels := batch.get("token_class_labels")) is None:
+            return None
+        return self.labels.size(labels[labels != IGNORED], self.args.label_weights)
+
     # ---- scores
 
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:

@@ -75,14 +75,32 @@ class TaskModule(ExactResume):
         hidden = self.heads(batch["inputs"])
         logits = {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in self.tasks}
         losses = {task.name: task.loss(logits[task.name], batch) for task in self.tasks}
-        loss = sum((self.weight(task) * losses[task.name] for task in self.tasks), torch.zeros((), device=self.device))
+        shares = self._shares(batch)
+        loss = torch.zeros((), device=self.device)
+        for task in self.tasks:
+            share = shares[task.name] if task.name in shares else batch["weight"]
+            loss = loss + self.weight(task) * share * losses[task.name]
         if (self.global_step + 1) % self.args.log_every_n_steps == 0 and not self.args.barebones:
             self.train_scores = {f"train/{name}/loss": value.item() for name, value in losses.items()}
             with torch.no_grad():
                 for task in self.tasks:
                     for name, value in task.train_scores(logits[task.name].detach(), batch).items():
                         self.train_scores[f"train/{task.name}/{name}"] = value
-        return loss * batch["weight"]
+        return loss
+
+    def _shares(self, batch: Batch) -> dict[str, float]:
+        """The weight of a batch in its step for the tasks whose loss is no mean over examples: with it the mean over
+        processes and batches is the mean over all that they have together (tokens, say), however it was dealt.
+        """
+        if not batch["sizes"]:
+            return {}
+        gathered = ranks.gather(batch["step_sizes"])
+        parts = len(gathered) * self.trainer.accumulate_grad_batches
+        totals = {name: sum(sizes.get(name, 0.0) for sizes in gathered) for name in batch["sizes"]}
+        return {
+            name: size * parts / totals[name] if batch["weight"] and totals[name] else 0.0
+            for name, size in batch["sizes"].items()
+        }
 
     # ---- evaluation: validation, test and prediction are the same
 
