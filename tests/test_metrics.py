@@ -1,6 +1,7 @@
 """Metrics against their formulas, counted by hand, and against degenerate input."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -132,3 +133,99 @@ def test_scores_are_plain_floats_in_the_order_asked() -> None:
     scores = metrics.compute(("mcc", "accuracy"), np.array([0, 1]), np.array([0, 1]))
     assert list(scores) == ["mcc", "accuracy"]
     assert all(type(value) is float for value in scores.values())
+
+
+# ---- entities
+
+
+def entities_by_pattern(labels: list[str], types: str) -> list[tuple[str, int, int]]:
+    """By regular expressions over one letter a word, type by type: an entity is a run of words of its type that begins
+    with any of them and goes on with I and E as long as none was E or S."""
+    found = []
+    for kind in types:
+        line = "".join(label[0] if label[1:] == f"-{kind}" else "." for label in labels)
+        found += [(kind, m.start(), m.end() - 1) for m in re.finditer("[BI]I*E?|S|E", line)]
+    return sorted(found, key=lambda entity: entity[1])
+
+
+ANY_LABELS = st.lists(st.sampled_from(["O", *(f"{mark}-{kind}" for mark in "BIES" for kind in "XY")]), max_size=12)
+
+
+@given(ANY_LABELS)
+def test_entities_equal_patterns(labels: list[str]) -> None:
+    assert metrics.entities(labels) == entities_by_pattern(labels, "XY")
+    other = str.maketrans("ES", "LU")
+    assert metrics.entities([label[0].translate(other) + label[1:] for label in labels]) == metrics.entities(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("O O", []),
+        ("", []),
+        ("B-X I-X O B-X", [("X", 0, 1), ("X", 3, 3)]),
+        ("B-X B-X", [("X", 0, 0), ("X", 1, 1)]),  # neighbours
+        ("I-X I-X O I-X", [("X", 0, 1), ("X", 3, 3)]),  # IOB1: B only between neighbours
+        ("I-X B-X I-X", [("X", 0, 0), ("X", 1, 2)]),
+        ("B-X I-Y I-Y", [("X", 0, 0), ("Y", 1, 2)]),  # another type begins another entity
+        ("S-X S-X B-X E-X I-X", [("X", 0, 0), ("X", 1, 1), ("X", 2, 3), ("X", 4, 4)]),
+        ("U-X B-X L-X", [("X", 0, 0), ("X", 1, 2)]),
+        ("B-a-b I-a-b", [("a-b", 0, 1)]),
+    ],
+)
+def test_entities(labels: str, expected: list[tuple[str, int, int]]) -> None:
+    assert metrics.entities(labels.split()) == expected
+
+
+def test_the_same_entities_in_every_scheme() -> None:
+    for labels in ("I-X B-X I-X O I-Y", "B-X B-X I-X O B-Y", "S-X B-X E-X O S-Y", "U-X B-X L-X O U-Y"):
+        assert metrics.entities(labels.split()) == [("X", 0, 0), ("X", 1, 2), ("Y", 4, 4)]
+
+
+def random_sentences(seed: int, marks: str) -> tuple[list[list[str]], list[list[str]]]:
+    rng = np.random.default_rng(seed)
+    names = ["O", *(f"{mark}-{kind}" for mark in marks for kind in ("PER", "LOC", "ORG"))]
+    true = [rng.choice(names, rng.integers(1, 15)).tolist() for _ in range(60)]
+    pred = [[label if rng.random() < 0.7 else str(rng.choice(names)) for label in sentence] for sentence in true]
+    return pred, true
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("marks", ["BI", "I"])
+def test_entity_scores_are_the_strict_ones_of_nervaluate(seed: int, marks: str) -> None:
+    nervaluate = pytest.importorskip("nervaluate")
+    pred, true = random_sentences(seed, marks)
+    types = ["LOC", "ORG", "PER"]
+    result = nervaluate.Evaluator(true, pred, tags=types, loader="list").evaluate()
+    scores = metrics.by_entity(pred, true, types)
+    for suffix, expected in {"": result["overall"], **{f"_{kind}": result["entities"][kind] for kind in types}}.items():
+        for name in ("precision", "recall", "f1"):
+            assert scores[f"entity_{name}{suffix}"] == pytest.approx(getattr(expected["strict"], name), abs=1e-9)
+    assert 0.1 < scores["entity_f1"] < 0.9
+
+
+@pytest.mark.parametrize("marks", ["BI", "I", "BIES"])
+def test_entity_scores_by_counting(marks: str) -> None:
+    pred, true = random_sentences(9, marks)
+    said, there = (
+        {(n, *entity) for n, labels in enumerate(side) for kind in ("PER", "LOC", "ORG", "NONE")
+         for entity in entities_by_pattern([f"{x[0]}-{'K' if x[2:] == kind else '?'}" for x in labels], "K")
+         for entity in [(kind, *entity[1:])]}
+        for side in (pred, true)
+    )  # fmt: skip
+    scores = metrics.by_entity(pred, true, ["PER", "LOC", "ORG", "NONE"])
+    for kind in ("", "PER", "LOC", "ORG", "NONE"):
+        own, gold = ({e for e in side if kind in ("", e[1])} for side in (said, there))
+        right = len(own & gold)
+        precision, recall = right / len(own) if own else 0.0, right / len(gold) if gold else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+        for name, value in (("precision", precision), ("recall", recall), ("f1", f1)):
+            assert scores[f"entity_{name}" + (f"_{kind}" if kind else "")] == pytest.approx(value, abs=1e-12)
+
+
+def test_no_entities() -> None:
+    assert set(metrics.by_entity([["O"], []], [["O"], []], ["X"]).values()) == {0.0}
+    assert set(metrics.by_entity([], [], []).values()) == {0.0}
+    only_missed = metrics.by_entity([["O"]], [["B-X"]], ["X"])
+    assert (only_missed["entity_precision"], only_missed["entity_recall"], only_missed["entity_f1"]) == (0.0, 0.0, 0.0)
+
