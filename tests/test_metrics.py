@@ -228,4 +228,3 @@ def test_no_entities() -> None:
     assert set(metrics.by_entity([], [], []).values()) == {0.0}
     only_missed = metrics.by_entity([["O"]], [["B-X"]], ["X"])
     assert (only_missed["entity_precision"], only_missed["entity_recall"], only_missed["entity_f1"]) == (0.0, 0.0, 0.0)
-

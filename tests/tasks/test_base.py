@@ -1,5 +1,8 @@
 """Tasks together: what they share, and that a mixture is the weighted sum of its parts."""
 
+import csv
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from funneltfm.tasks.base import Collate, Prepare, Task, encode_rows, make_tasks
 from funneltfm.tasks.heads import Heads
 from funneltfm.training.outputs import save_model
 from funneltfm.training.task_module import TaskModule
+from funneltfm.training.train import train
 from funneltfm.training.train_config import make_train_args
 
 ROWS = [
@@ -174,6 +178,36 @@ def test_a_step_in_parts_is_the_step(
     for name, p in module.named_parameters():
         if name in expected:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.slow
+def test_processes_and_accumulation_change_nothing(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
+    """A run in two processes that accumulate, and one of the same steps: token losses too are those of whole steps."""
+    make_config("bert", len(tiny_tokenizer)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    words = [
+        rng.choice(["the", "quick", "brown", "fox", "unbelievable", "Paris"], n).tolist()
+        for n in rng.integers(1, 12, 22)
+    ]
+    rows = [
+        {"words": w, "labels": rng.choice(["O", "B-X", "I-X"], len(w)).tolist(), "label": len(w) % 2} for w in words
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(tmp_path / "d.jsonl")
+    outcomes = []
+    for name, flags in {"one": {"batch_size": 8}, "dealt": {"batch_size": 2, "devices": "2"}}.items():
+        results = train(
+            pipeline="masked_lm+token_class+seq_class", name=name, output_dir=str(tmp_path), train_dataset=[data],
+            pre_trained_config=str(tmp_path / "model"), valid_dataset=data, max_epochs=2, learning_rate=1e-2,
+            max_sequence_length=32, log_every_n_steps=1, accelerator="cpu", masked_lm_weight=0.5,
+            accumulate_grad_batches=1 if name == "one" else 2, **flags,
+        )  # fmt: skip
+        table = list(csv.DictReader((tmp_path / "runs" / name / "metrics.csv").read_text().splitlines()))
+        losses = [float(row["train/loss"]) for row in table if row["train/loss"]]
+        assert len(losses) == 6
+        outcomes.append([*losses, *results["valid"].values()])
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-5)
 
 
 # ---- batches

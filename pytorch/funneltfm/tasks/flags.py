@@ -18,7 +18,9 @@ class ColumnFlags:
     input_column: str | None = None
     """token_class: column with the list of words (default: words). Elsewhere another name for one input_columns."""
     label_column: str | None = None
-    """Column with the label (default: label; token_class: labels)."""
+    """Column with the label (default: label), for token_class with the list of labels (default: labels); null or empty
+    where there is none.
+    """
     index_column: str | None = None
     """Column that says which rows belong together: the query's id (default: equal queries are one query)."""
     num_labels: int | None = None

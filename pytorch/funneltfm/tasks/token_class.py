@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from funneltfm import metrics
@@ -155,10 +156,13 @@ class TokenClass(Task):
             first = _first_pieces(ids)
             records.append({"words": ids[first], "pred": pred[row, first], "score": score[row, first]})
         if (labels := batch.get("token_class_labels")) is not None:
-            for row, record in enumerate(records):
-                chosen = labels[row] != IGNORED
-                sums = (part.double().sum().item() for part in self._losses(logits[row, chosen], labels[row, chosen]))
-                record["loss"], record["count"] = sums
+            chosen = labels != IGNORED
+            row_of = chosen.nonzero()[:, 0]
+            zeros = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+            both = self._losses(logits[chosen], labels[chosen])
+            sums = torch.stack([zeros.index_add(0, row_of, part.double()) for part in both], dim=1).tolist()
+            for record, (loss, count) in zip(records, sums, strict=True):
+                record |= {"loss": loss, "count": count}
         return records
 
     def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
