@@ -186,13 +186,10 @@ def test_processes_and_accumulation_change_nothing(tiny_tokenizer: Any, make_con
     make_config("bert", len(tiny_tokenizer)).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
-    words = [
-        rng.choice(["the", "quick", "brown", "fox", "unbelievable", "Paris"], n).tolist()
-        for n in rng.integers(1, 12, 22)
-    ]
-    rows = [
-        {"words": w, "labels": rng.choice(["O", "B-X", "I-X"], len(w)).tolist(), "label": len(w) % 2} for w in words
-    ]
+    some = ["the", "quick", "brown", "fox", "unbelievable", "Paris"]
+    words = [rng.choice(some, n).tolist() for n in rng.integers(1, 12, 22)]
+    tags = [rng.choice(["O", "B-X", "I-X"], len(sentence)).tolist() for sentence in words]
+    rows = [{"words": w, "labels": t, "label": len(w) % 2} for w, t in zip(words, tags, strict=True)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(tmp_path / "d.jsonl")
     outcomes = []

@@ -2,8 +2,8 @@
 processes, resumable in the middle of an epoch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from funneltfm.errors import InputError
 
 Example = dict[str, Any]  # input_ids, and what else its task has made
 Batch = dict[str, Any]
+T = TypeVar("T")
 
 
 class Features(Dataset):
@@ -104,6 +105,25 @@ class _Weighted:
         return self.make(examples) | {"weight": weight}
 
 
+def steps(items: Iterable[T], accumulate: int, taken: int = 0) -> Iterator[list[T]]:
+    """The items (batches) of one optimizer step after another; the first `taken` batches were given before."""
+    step: list[T] = []
+    for item in items:
+        step.append(item)
+        taken += 1
+        if taken % accumulate == 0:
+            yield step
+            step = []
+    if step:
+        yield step
+
+
+def step_sizes(step: Sequence[Batch]) -> dict[str, float]:
+    """The sums of the batches' "sizes" by name, without those of weight 0."""
+    sizes = [batch["sizes"] for batch in step if batch["weight"] and "sizes" in batch]
+    return {name: sum(size[name] for size in sizes) for name in (sizes[0] if sizes else ())}
+
+
 class TrainLoader(DataLoader):
     """The batches of one epoch after another, those of this process: a batch has "weight", a number, as
     `StepSampler` says. Where `make` gives it "sizes" by name, "step_sizes" are their sums over this process's batches
@@ -136,17 +156,11 @@ class TrainLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
         sampler.taken = sampler.begin()
-        step: list[Batch] = []
-        for batch in super().__iter__():
-            step.append(batch)
-            if (sampler.taken + len(step)) % sampler.batches.accumulate:
-                continue
-            sizes = [batch["sizes"] for batch in step if batch["weight"] and "sizes" in batch]
-            total = {name: sum(size[name] for size in sizes) for name in (sizes[0] if sizes else ())}
-            for ready in step:
+        for step in steps(super().__iter__(), sampler.batches.accumulate, sampler.taken):
+            sizes = step_sizes(step)
+            for batch in step:
                 sampler.taken += 1
-                yield ready | {"step_sizes": total}
-            step = []
+                yield batch | {"step_sizes": sizes}
 
     def state_dict(self) -> dict[str, int]:
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.features import Batch, Example, Features, step_sizes, steps
 from funneltfm.data.sources import BadRows, stream_rows
 from funneltfm.errors import InputError
 
@@ -81,10 +81,10 @@ class _Stream(IterableDataset):
 
 class StreamLoader(DataLoader):
     """Batches of the examples of `batch_size` rows of a source each, in an order that depends on (seed, pass, number of
-    processes and workers) alone. A batch has "weight": 1.
+    processes and workers) alone. A batch has "weight": 1, and "step_sizes" as TrainLoader's have.
 
     encode: rows to features. prepare: as in TrainLoader; called with the pass. make: examples to a batch. length: how
-    many batches the run will take. buffer: rows from which the next one is drawn.
+    many batches the run will take. accumulate: how many make a step. buffer: rows from which the next one is drawn.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class StreamLoader(DataLoader):
         seed: int,
         length: int,
         *,
+        accumulate: int = 1,
         config: str | None = None,
         buffer: int = 10_000,
         rank: int = 0,
@@ -118,18 +119,23 @@ class StreamLoader(DataLoader):
             **kwargs,
         )
         self.stream, self.length = stream, length
+        self.accumulate, self.taken = accumulate, 0
 
     def __len__(self) -> int:  # without one Lightning would take a batch ahead, and count it as trained on
         return self.length
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch, worker, position in super().__iter__():
-            self.stream.positions[worker] = position
-            self.stream.first = (worker + 1) % self.stream.workers
-            yield batch
+        for step in steps(super().__iter__(), self.accumulate, self.taken):
+            sizes = step_sizes([batch for batch, _, _ in step])
+            for batch, worker, position in step:
+                self.stream.positions[worker] = position
+                self.stream.first = (worker + 1) % self.stream.workers
+                self.taken += 1
+                yield batch | {"step_sizes": sizes}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"positions": [list(position) for position in self.stream.positions], "first": self.stream.first}
+        positions = [list(position) for position in self.stream.positions]
+        return {"positions": positions, "first": self.stream.first, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["positions"]) != self.stream.workers:
@@ -139,6 +145,7 @@ class StreamLoader(DataLoader):
             )
         self.stream.positions = [(epoch, taken) for epoch, taken in state["positions"]]
         self.stream.first = state["first"]
+        self.taken = state["taken"]
 
 
 class _Made:

@@ -42,6 +42,7 @@ class TokenClass(Task):
         self.label_column = args.label_column or "labels"
         self.labels = Labels(args.num_labels)
         self.scheme = "none"
+        self._told: set[str] = set()  # data of which was said that words are lost; a stream is encoded bit by bit
 
     @property
     def main_metric(self) -> str:  # type: ignore[override]
@@ -86,7 +87,8 @@ class TokenClass(Task):
                 example["token_class_labels"] = [
                     classes[word] if here else IGNORED for word, here in zip(example["word_ids"], first, strict=True)
                 ]
-        if lost:
+        if lost and where not in self._told:
+            self._told.add(where)
             log.warning(
                 "%s: %d of %d words are beyond %d tokens (--max_sequence_length), or nothing to the tokenizer. They "
                 "count in the scores, as %s.",

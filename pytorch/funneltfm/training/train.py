@@ -376,6 +376,7 @@ def _stream_loader(
         args.batch_size,
         args.seed,
         args.max_steps * args.accumulate_grad_batches,
+        accumulate=args.accumulate_grad_batches,
         config=args.train_config,
         buffer=args.streaming_buffer,
         rank=ranks.rank(),
