@@ -280,6 +280,19 @@ def test_numbers_whose_names_the_source_knows(spaced: dict[str, Any]) -> None:
     assert features_of(task, spaced["word_piece"], named).ragged["token_class_words"][0].tolist() == [3]
 
 
+def test_a_set_of_the_datasets_library(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    tag, word = datasets.ClassLabel(names=["O", "B-LOC", "I-LOC"]), datasets.Value("string")
+    features = {"words": datasets.List(word), "labels": datasets.List(tag)}
+    rows = {"words": [["in", "New", "York"], ["Mary"]], "labels": [[0, 1, 2], [0]]}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(tmp_path / "set")
+    make_config("bert", len(tiny_tokenizer)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    results = run(tmp_path, str(tmp_path / "set"))
+    assert results["monitor"] == "valid/token_class/entity_f1"
+    assert [row["label"] for row in predictions(tmp_path, "valid")] == [["O", "B-LOC", "I-LOC"], ["O"]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -359,15 +372,16 @@ def test_every_architecture(model_type: str, tokenizers: dict[str, Any], make_co
     assert rows[0]["scores"] == pytest.approx(logits.softmax(-1).max(-1).values[first].tolist(), abs=1e-4)
 
 
-def conll(path: Path, sentences: int) -> list[dict[str, Any]]:
-    """Word and tag, a blank line between sentences."""
-    blocks = [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()][:sentences]
+def conll(path: Path) -> list[dict[str, Any]]:
+    """Word and tag, a blank line between sentences; lines that mark documents are none."""
+    blocks = path.read_text(encoding="utf-8").split("\n\n")
+    blocks = [block for block in blocks if block.strip() and not block.strip().startswith("-DOCSTART-")]
     pairs = [[line.split() for line in block.strip().splitlines()] for block in blocks]
     return [{"words": [pair[0] for pair in block], "labels": [pair[-1] for pair in block]} for block in pairs]
 
 
-def conllu(path: Path, sentences: int) -> list[dict[str, Any]]:
-    blocks = [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()][:sentences]
+def conllu(path: Path) -> list[dict[str, Any]]:
+    blocks = [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
     lines = [[line.split("\t") for line in b.splitlines() if line.partition("\t")[0].isdigit()] for b in blocks]
     return [{"words": [cells[1] for cells in block], "labels": [cells[3] for cells in block]} for block in lines]
 
@@ -385,13 +399,14 @@ def test_real_data(corpus: str, make_config: Any, tiny_tokenizer: Any, tmp_path:
     path = SHARED / corpus / ("wikigold.conll.txt" if corpus == "WikiGold" else "en_lines-ud-dev.conllu")
     if not path.is_file() or not vocabulary.is_file():
         pytest.skip(f"no {path} in ../shared/data")
-    rows = (conll if corpus == "WikiGold" else conllu)(path, 150)
+    step = 12 if corpus == "WikiGold" else 6
+    rows = (conll if corpus == "WikiGold" else conllu)(path)[::step]
     tokenizer = get_text_tokenizer(str(vocabulary))
     make_config("bert", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    data = write(tmp_path / "d.jsonl", rows)
     flags: dict[str, Any] = {"max_steps": 100, "batch_size": 8, "log_every_n_steps": 1, "max_sequence_length": 64}
-    results = run(tmp_path, data, **flags)
+    flags |= {f"{stage}_shard_dataset": step for stage in ("train", "valid", "predict")}
+    results = run(tmp_path, str(path), **flags, **({} if corpus == "WikiGold" else {"label_column": "upos"}))
     losses = losses_of(tmp_path)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
     said = predictions(tmp_path, "valid")
