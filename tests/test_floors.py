@@ -25,7 +25,7 @@ FLOORS = (
         "sparse.*",
         "data.*",
     ),
-    ("metrics", "tasks.*"),
+    ("metrics", "ranking", "tasks.*"),
     ("training.*", "experiments.*"),
     ("cli.*", "__main__"),
 )
