@@ -167,38 +167,40 @@ class TextEncoder:
             )
         return room
 
-    def join(self, parts: Sequence[Pieces]) -> dict[str, Any]:
-        """One example of the pieces of a row's texts."""
+    def join(self, parts: Sequence[Pieces], first: int = 0) -> dict[str, Any]:
+        """One example of the pieces of a row's texts. first: the number of the first one, for its token type."""
         lengths = fit_lengths([len(part.ids) for part in parts], self.room(len(parts)))
         words: list[list[int]] = []
         first_word = 0
         for part, length in zip(parts, lengths, strict=True):
             words.append([w if w == NO_WORD else w + first_word for w in part.word_ids[:length]])
             first_word += max(part.word_ids, default=-1) + 1
-        return self.example([part.ids[:length] for part, length in zip(parts, lengths, strict=True)], words)
+        return self.example([part.ids[:length] for part, length in zip(parts, lengths, strict=True)], words, first)
 
-    def example(self, texts: Sequence[list[int]], words: Sequence[list[int]]) -> dict[str, Any]:
-        """An example of the ids and the word ids of texts that fit: with the special tokens around, and types."""
+    def example(self, texts: Sequence[list[int]], words: Sequence[list[int]], first: int = 0) -> dict[str, Any]:
+        """An example of the ids and the word ids of texts that fit: with the special tokens around, and types. first:
+        the number of the first one.
+        """
         layout, n = self.layout, len(texts)
         ids, word_ids = list(layout.prefix), [NO_WORD] * len(layout.prefix)
-        types = self._special_types("prefix", 0)
+        types = self._special_types("prefix", 0, first)
         for number, (text, of_text) in enumerate(zip(texts, words, strict=True)):
             name = "between" if number < n - 1 else "suffix" if n > 1 else "suffix_alone"
             after: list[int] = getattr(layout, name)
             ids += text + after
             word_ids += of_text + [NO_WORD] * len(after)
-            types += [self._type(number)] * len(text) + self._special_types(name, number)
+            types += [self._type(first + number)] * len(text) + self._special_types(name, number, first)
         example = {"input_ids": ids, "word_ids": word_ids}
         return example if layout.types is None and self.token_types is None else example | {"token_type_ids": types}
 
-    def _special_types(self, name: str, number: int) -> list[int]:
+    def _special_types(self, name: str, number: int, first: int) -> list[int]:
         """Token types of the special tokens beside a text. Where the tokenizer does not say (token_types, or a third
         text), they are the text's, but for those with a type of their own, such as [CLS] of Funnel.
         """
         types = self.layout.special_types[name]
-        if self.token_types is None and not (name == "between" and number > 0):
+        if self.token_types is None and first == 0 and not (name == "between" and number > 0):
             return list(types)
-        return [self._type(number) if kind in (self.layout.types or (0,)) else kind for kind in types]
+        return [self._type(first + number) if kind in (self.layout.types or (0,)) else kind for kind in types]
 
     def _type(self, number: int) -> int:
         """Token type of the text with this number."""

@@ -64,13 +64,19 @@ class Task:
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
         """Must. Examples, row by row, each with "row" (its row's index), "input_ids", "word_ids" and, where the
-        tokenizer has them, "token_type_ids"; labels under names of the task's own, such as "seq_class_labels", where
-        the rows have them. An example of several texts that go through the encoder apart has them one after another,
-        and their lengths under "parts".
+        tokenizer has them, "token_type_ids"; "attention_mask" (1 = real) where it has padding of its own; labels under
+        names of the task's own, such as "seq_class_labels", where the rows have them. An example of several texts that
+        go through the encoder apart has them one after another, and their lengths under "parts".
 
         where: the data's name, for messages. Raises InputError for rows that cannot be used.
         """
         raise NotImplementedError
+
+    def redraw(self, example: Example, draw: Callable[[int], np.random.Generator], text: TextEncoder) -> Example:
+        """In training, what is taken in place of `example` in this epoch (for data that is grouped anew); every task's
+        `prepare` works on it. draw(n) depends on the seed, the epoch and n alone: examples that share an n agree.
+        """
+        return example
 
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
         """What is trained on in place of `example` (for objectives that corrupt it); `rng` depends on the seed, the
@@ -200,11 +206,17 @@ class Prepare:
         self.tasks, self.text, self.seed = tasks, text, seed
 
     def __call__(self, example: Example, epoch: int) -> Example:
+        if epoch >= 0:  # it is -1 in evaluation
+            for number, task in enumerate(self.tasks):
+                example = task.redraw(example, self._draw(epoch, number), self.text)
         for number, task in enumerate(self.tasks):
-            # epoch is -1 in evaluation; numpy takes no negative seeds
+            # numpy takes no negative seeds
             rng = np.random.default_rng([self.seed, epoch + 1, example["index"], number])
             example = task.prepare(example, rng, self.text)
         return example
+
+    def _draw(self, epoch: int, number: int) -> Callable[[int], np.random.Generator]:
+        return lambda n: np.random.default_rng([self.seed, epoch + 1, n, number, 1])
 
 
 class Collate:
@@ -231,6 +243,8 @@ class Collate:
             "input_ids": pad(ids, self.pad_id, length, self.left),
             "attention_mask": pad([np.ones_like(row) for row in ids], 0, length, self.left),
         }
+        if "attention_mask" in examples[0]:
+            inputs["attention_mask"] = tokens("attention_mask", 0)
         if self.token_types and "token_type_ids" in examples[0]:
             inputs["token_type_ids"] = tokens("token_type_ids", self.pad_type)
         batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}

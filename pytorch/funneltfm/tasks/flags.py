@@ -106,9 +106,11 @@ class RankingFlags:
     """Answer selection and retrieval"""
 
     k: int | None = field(default=None, metadata={"alias": "-k"})
-    """answer_selection: candidates that one row holds, scored together. Default: each candidate alone."""
+    """answer_selection: candidates that one row holds, scored together. Default: each candidate alone. retrieval: 2."""
     classification_head_type: Literal["IE_1", "IE_k", "AE_1", "AE_k", "RE_k"] = "RE_k"
-    """With k, what the scores are read from: see docs/pipelines.md."""
+    """With k, what the scores are read from (h_0 is the first token of the query, h_j that of candidate j): RE_k h_0,
+    for all candidates at once; IE_k h_j; AE_k h_0 and h_j; IE_1 h_0 and AE_1 the sum of all, one score for the row.
+    """
     separated: bool = False
     """With k: every text has its own max_sequence_length tokens, in place of all in one."""
     pad_to_k: bool = False
@@ -116,7 +118,7 @@ class RankingFlags:
     grouping: Literal["fixed", "random"] = "fixed"
     """With k: rows of k candidates in the order of the data, or drawn anew for every epoch."""
     selection: Literal["best", "worst"] | None = None
-    """With k: take the k best or worst candidates of a query by scores_column, in place of all."""
+    """With k: take the k candidates of a query that are best (highest) or worst by scores_column, in place of all."""
     scores_column: str | None = None
     """With selection: column of the scores."""
     extended_token_type_ids: tuple[int, ...] | None = None
@@ -134,7 +136,7 @@ class RankingFlags:
     margin: float = 0.5
     """retrieval: distance from which on a wrong pair costs nothing."""
     temperature: float = 0.05
-    """retrieval: divides the scores of in_batch_negatives_loss."""
+    """retrieval: divides the scores in in_batch_negatives_loss."""
     sync_devices: bool = False
     """retrieval: the texts of all processes are each other's negatives."""
 
@@ -172,7 +174,7 @@ _MASKING = (
     *("whole_word_masking", "exact_masking"),
 )
 _LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
-_JOINT = ("k", "classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
+WITH_K = ("classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
 _TOKEN_CLASS = ("input_column", "input_columns", *_LABELS, "label_scheme", "token_class_weight")
 
 # Where each task is written, and the flags that it reads.
@@ -195,8 +197,8 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     ),
     "answer_selection": (
         "funneltfm.tasks.answer_selection:AnswerSelection",
-        frozenset({*_JOINT, *_LABELS, "input_columns", "index_column", "extended_token_type_ids"})
-        | {"metrics_empty_target_action", "answer_selection_weight", "seq_class_weight"},
+        frozenset({"k", *WITH_K, "input_columns", "label_column", "index_column", "label_weights", "label_smoothing"})
+        | {"extended_token_type_ids", "metrics_empty_target_action", "answer_selection_weight", "seq_class_weight"},
     ),
     "retrieval": (
         "funneltfm.tasks.retrieval:Retrieval",

@@ -1,6 +1,7 @@
 """From flags to a tokenizer, a config and a model with heads, for every architecture that has Auto classes."""
 
 import difflib
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,10 +92,18 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and config.model_type in _POSITIONS_AFTER_PAD:
         limit -= config.pad_token_id + 1
-    if limit is not None and 0 < limit < args.max_sequence_length:
+    n_texts = args.k + 1 if args.separated else 1
+    if limit is not None and 0 < limit < args.max_sequence_length * n_texts:
+        times = f" for each of {n_texts} texts" if n_texts > 1 else ""
         raise InputError(
-            f"--max_sequence_length={args.max_sequence_length}, but the model takes {limit} tokens. Lower it, or from "
-            f"scratch give --additional_config_kwargs max_position_embeddings=N."
+            f"--max_sequence_length={args.max_sequence_length}{times}, but the model takes {limit} tokens. Lower it, "
+            f"or from scratch give --additional_config_kwargs max_position_embeddings=N."
+        )
+    n_types = getattr(config, "type_vocab_size", None)
+    if args.extended_token_type_ids and n_types is not None and n_types <= max(args.extended_token_type_ids):
+        raise InputError(
+            f"--extended_token_type_ids has the type {max(args.extended_token_type_ids)}, but the model has {n_types} "
+            f"types, counted from 0. From scratch give --additional_config_kwargs type_vocab_size=N."
         )
     return config
 
@@ -146,6 +155,9 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
                 f"{brief(' '.join(str(error).split()), 500)}"
             ) from error
     heads = Heads(models)
+    takes = inspect.signature(heads.backbone.forward).parameters
+    if args.extended_token_type_ids and "token_type_ids" not in takes:
+        raise InputError(f"--extended_token_type_ids: a model of the type {base.model_type} has no token types.")
     if args.gradient_checkpointing:
         newer = getattr(heads.backbone, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
         (newer or heads.backbone.gradient_checkpointing_enable)()  # type: ignore[operator]

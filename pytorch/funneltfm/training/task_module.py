@@ -126,7 +126,10 @@ class TaskModule(ExactResume):
             self.records[self.stage][task.name] = records
             if not split.labelled(task):
                 continue
-            scores = task.score(list(records.values()), split.features.take(list(records)), split.rows)
+            try:
+                scores = task.score(list(records.values()), split.features.take(list(records)), split.rows)
+            except InputError as error:  # every process has the same
+                ranks.fail(error)
             for name, value in scores.items():
                 if not np.isfinite(value):
                     at = f"step {self.global_step}"

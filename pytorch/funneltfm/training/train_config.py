@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from funneltfm.errors import InputError
-from funneltfm.tasks.flags import TASK_GROUPS, check_task_flags, task_names
+from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, check_task_flags, task_names
 from funneltfm.training.config import Args, Group, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 
@@ -275,11 +275,15 @@ def make_train_args(**flags: Any) -> Args:
             raise InputError(f"loggers must be some of {', '.join(_LOGGERS)}; got {logger!r}.")
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with the run, --overwrite removes it; give one of them.")
-    for flag, needs in (("train_weights", "train_dataset"), ("selection", "scores_column")):
+    needed = (("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection"))
+    for flag, needs in needed:
         if getattr(args, flag) is not None and getattr(args, needs) is None:
             raise InputError(f"--{flag} needs --{needs}.")
     if args.streaming:
         _check_streaming(args)
+    for flag in WITH_K:
+        if flag in args.given and args.k is None:
+            raise InputError(f"--{flag} is for rows of k candidates: give -k too, or leave it out.")
     if args.train_weights is not None and len(args.train_weights) != len(args.train_dataset):
         raise InputError(
             f"--train_weights has {len(args.train_weights)} numbers, --train_dataset {len(args.train_dataset)} names."
