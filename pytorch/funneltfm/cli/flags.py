@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args
 
 import docstring_parser
 
 from funneltfm.errors import InputError, brief
-from funneltfm.training.config import Group, item_type, read_yaml
+from funneltfm.training.config import Group, choices, item_type, read_yaml
 
 _BOOL = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -66,8 +66,8 @@ class FlagParser(argparse.ArgumentParser):
             group.add_argument(f"--{name}", type=_bool, nargs="?", const=True, metavar="true|false", **common)
             hidden = common | {"help": argparse.SUPPRESS}
             group.add_argument(f"--no_{name}", action="store_false", **hidden)
-        elif get_origin(field.type) is Literal:
-            group.add_argument(*names, choices=kinds, **common)
+        elif (words := choices(field.type)) is not None:
+            group.add_argument(*names, choices=words, **common)
         else:
             read, metavar = _reader(kinds or [field.type])
             group.add_argument(*names, type=read, metavar=metavar, **common)

@@ -244,6 +244,12 @@ def item_type(kind: Any) -> Any:
     return get_args(lists[0])[0] if lists else None
 
 
+def choices(kind: Any) -> tuple[Any, ...] | None:
+    """The values that a flag may have (Literal[...], or None beside it); else None."""
+    literals = [k for k in (kind, *get_args(kind)) if get_origin(k) is Literal]
+    return get_args(literals[0]) if literals else None
+
+
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """`value` if it is of the flag's type; whole numbers are taken for numbers, lists for tuples."""
     kinds = get_args(kind) or (kind,)
@@ -255,9 +261,9 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         if not isinstance(value, list | tuple) or not value:
             raise InputError(f"{name} must be a list of values; got {value!r}.")
         return tuple(_checked(name, item, v) for v in value)
-    if get_origin(kind) is Literal:
-        if value not in kinds:
-            raise InputError(f"{name} must be one of {', '.join(map(str, kinds))}; got {value!r}.")
+    if (words := choices(kind)) is not None:
+        if value not in words and not (value is None and type(None) in kinds):
+            raise InputError(f"{name} must be one of {', '.join(map(str, words))}; got {value!r}.")
         return value
     whole = isinstance(value, int) and not isinstance(value, bool)
     if float in kinds and int not in kinds and whole and abs(value) < 2**1000:
