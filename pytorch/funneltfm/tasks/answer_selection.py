@@ -153,7 +153,13 @@ class AnswerSelection(Task):
     # ---- model
 
     def model_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = {"num_labels": 2, "problem_type": "single_label_classification"}
+        names = ("wrong", "right")
+        config: dict[str, Any] = {
+            "num_labels": 2,
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
         if self.args.k is not None:
             config |= {"classification_head_type": self.args.classification_head_type, "joint_k": self.args.k}
         return config
