@@ -10,13 +10,14 @@ import torch.nn.functional as F
 import transformers
 
 import funneltfm  # noqa: F401  registers our models
+from funneltfm.cli.flags import FlagParser
 from funneltfm.data.text import NO_WORD, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.answer_selection import RANKING
 from funneltfm.tasks.base import Collate, Prepare, encode_rows, make_tasks
 from funneltfm.tasks.heads import Heads
 from funneltfm.training.train import train
-from funneltfm.training.train_config import make_train_args
+from funneltfm.training.train_config import TRAIN_GROUPS, make_train_args
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 KINDS = ("IE_1", "IE_k", "AE_1", "AE_k", "RE_k")
@@ -453,3 +454,13 @@ def test_wikiqa(tmp_path, flags):
     )  # no ties: trec_eval has another rule for them
     for name, value in trec(*([line[name] for line in lines] for name in ("score", "label", "query"))).items():
         assert scores[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_flags_of_the_command_line():
+    parser = FlagParser(TRAIN_GROUPS, prog="funneltfm train")
+    types = ["--extended_token_type_ids", "0", "1", "1"]
+    flags, given = parser.parse(["-k", "5", "--selection", "worst", "--scores_column", "s", *types])
+    assert (flags["k"], flags["selection"], flags["extended_token_type_ids"]) == (5, "worst", (0, 1, 1))
+    assert given == {"k", "selection", "scores_column", "extended_token_type_ids"}
+    with pytest.raises(InputError, match=r"selection.*all"):
+        parser.parse(["--selection", "all"])
