@@ -70,7 +70,10 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {"word_piece": word_piece, "byte_leve
 
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[str, Any]:
-    return {name: make() for name, make in TOKENIZERS.items()}
+    return {name: make() for name, make in TOKENIZERS.items()} | {
+        "bert_like": bert_like(),
+        "roberta_like": roberta_like(),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +123,85 @@ def tiny_config(model_type: str, vocab_size: int, pad_id: int = 0) -> Any:
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Any]:
     return tiny_config
+
+
+# ---- for ranking: letters and a few words
+
+WORDS = (
+    "what is the of in a capital river red blue green city sea who where paris rome oslo long big old ? . , ##s ##er"
+)
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+
+
+def bert_like():
+    """WordPiece with [CLS] a [SEP] b [SEP] and token types."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*specials, *WORDS.split(), *LETTERS, *("##" + letter for letter in LETTERS)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    names = ("pad", "unk", "cls", "sep", "mask")
+    return _fast(tokenizer, {f"{name}_token": token for name, token in zip(names, specials, strict=True)}, True)
+
+
+def roberta_like():
+    """Byte-level BPE with <s> a </s></s> b </s> and no token types."""
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocab = {piece: i for i, piece in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = ("cls", "pad", "sep", "unk", "mask")
+    given = {f"{name}_token": token for name, token in zip(names, specials, strict=True)}
+    return _fast(tokenizer, given | {"bos_token": "<s>", "eos_token": "</s>"}, False)
+
+
+def _fast(tokenizer, specials, types):
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=inputs, clean_up_tokenization_spaces=False, **specials
+    )
+
+
+_PLAIN = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 200,
+}
+TINY_CONFIGS = {
+    **{name: _PLAIN | {"type_vocab_size": 2} for name in ("bert", "deberta", "deberta-v2")},
+    **{name: _PLAIN | {"type_vocab_size": 2, "pad_token_id": 1} for name in ("roberta", "camembert", "xlm-roberta")},
+    "electra": _PLAIN | {"embedding_size": 16},
+    "albert": _PLAIN | {"embedding_size": 16},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 200},
+    "modernbert": _PLAIN | {"global_attn_every_n_layers": 2, "local_attention": 16},
+    "funnel_tfm": {
+        "block_size": "1_1",
+        "d_model": 32,
+        "d_embed": 32,
+        "n_head": 2,
+        "d_head": 16,
+        "d_inner": 64,
+        "decoder_size": "1",
+    },
+}
+BYTES = ("roberta", "camembert", "xlm-roberta")  # these go with roberta_like
+
+
+@pytest.fixture(scope="session", params=TINY_CONFIGS)
+def tiny(request, tokenizers):
+    """Every architecture: (model_type, its small config, a tokenizer that goes with it)."""
+    tokenizer = tokenizers["roberta_like" if request.param in BYTES else "bert_like"]
+    keys = TINY_CONFIGS[request.param] | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if request.param == "modernbert":
+        keys |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+    return request.param, transformers.AutoConfig.for_model(request.param, **keys), tokenizer

@@ -1,6 +1,6 @@
 """`answer_selection`: which candidates answer a query, each scored alone or, with -k, k of them together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from funneltfm import metrics
+from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features
-from funneltfm.data.sources import texts_of
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.base import IGNORED, Record, Row, Task
@@ -59,12 +59,12 @@ class AnswerSelection(Task):
         if args.label_weights is not None and len(args.label_weights) != 2:
             raise InputError(f"--label_weights: answer_selection has 2 classes; got {len(args.label_weights)} weights.")
         self.one_label = args.k is not None and args.classification_head_type in ("IE_1", "AE_1")
-        self._training_rows: Sequence[Row] | None = None
+        self._training_rows: Iterable[Row] | None = None
         self._candidates: Candidates | None = None  # of the training data, to draw from
 
     # ---- data
 
-    def learn(self, rows: Sequence[Row]) -> None:
+    def learn(self, rows: Iterable[Row]) -> None:
         self._training_rows = rows
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:

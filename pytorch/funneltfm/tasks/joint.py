@@ -85,7 +85,7 @@ class Candidates:
     @classmethod
     def of(
         cls,
-        texts: Sequence[tuple[Any, Any]],
+        texts: Sequence[Sequence[Any]],
         queries: np.ndarray,
         members: list[np.ndarray],
         labels: np.ndarray | None,

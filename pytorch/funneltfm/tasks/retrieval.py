@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funneltfm import metrics
+from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features
-from funneltfm.data.sources import texts_of
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.ranking import best_threshold

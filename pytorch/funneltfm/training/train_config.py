@@ -340,7 +340,7 @@ def _check_streaming(args: Args) -> None:
         raise InputError("--streaming takes one --train_dataset.")
     if args.max_steps < 0:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
-    for flag in ("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches"):
+    for flag in ("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"):
         if getattr(args, flag):
             raise InputError(f"--{flag} does not go with --streaming.")
 
