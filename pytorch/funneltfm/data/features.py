@@ -33,10 +33,9 @@ class Features(Dataset):
             values = [example[name] for example in examples]
             if isinstance(values[0], list | np.ndarray):
                 lengths = np.fromiter(map(len, values), np.int64, len(values))
-                offsets = np.concatenate([[0], np.cumsum(lengths)])
                 whole = all(isinstance(v, int | np.integer) for value in values for v in value[:1])
-                flat = (v for value in values for v in value)
-                ragged[name] = np.fromiter(flat, np.int32 if whole else np.float64, int(offsets[-1])), offsets
+                flat = np.concatenate(values, dtype=np.int32 if whole else np.float64, casting="unsafe")
+                ragged[name] = flat, np.concatenate([[0], np.cumsum(lengths)])
             else:
                 plain[name] = np.array(values)
         return cls(ragged, plain, len(examples))

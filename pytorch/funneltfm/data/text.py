@@ -13,7 +13,7 @@ from funneltfm.errors import InputError, brief
 
 Text = str | list[str]  # a text, or its words
 NO_WORD = -1  # the word id of a special token
-_AT_ONCE = 1000  # texts that are tokenised together: what the tokenizer keeps of each is large
+_AT_ONCE = 1024  # texts that go through the tokenizer together: enough to be fast, few enough to take little memory
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Pieces:
     """Which word of the text each piece belongs to, from 0."""
     offsets: list[tuple[int, int]]
     """Which characters of the text each piece is."""
+
+    def __getitem__(self, part: slice) -> "Pieces":
+        """Some of them."""
+        return Pieces(self.ids[part], self.word_ids[part], self.offsets[part])
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,9 @@ class Task:
         raise NotImplementedError
 
     def tune(self, records: list[Record], features: Features, rows: Sequence[Row]) -> None:
-        """Choose on the validation set what is not learned (a threshold); called with the best model's records."""
+        """Choose on the validation set what is not learned (a threshold). Called at every validation before `score`, so
+        the last call has the best model's records.
+        """
 
     # ---- what a trained task knows, for prediction
 
@@ -186,7 +188,7 @@ def encode_rows(tasks: Sequence[Task], rows: Sequence[Row], text: TextEncoder, w
     for task in leads[1:]:
         more = task.encode(rows, text, where)
         same = len(more) == len(examples) and all(
-            a["input_ids"] == b["input_ids"] for a, b in zip(examples, more, strict=True)
+            np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(examples, more, strict=True)
         )
         if not same:
             raise InputError(

@@ -18,8 +18,8 @@ class ColumnFlags:
     input_column: str | None = None
     """token_class: column with the list of words (default: words). Elsewhere another name for one input_columns."""
     label_column: str | None = None
-    """Column with the label (default: label), for token_class with the list of labels (default: labels); null or empty
-    where there is none.
+    """Column with the label (default: label), for token_class with the list of labels, for question_answering with the
+    spans (default: labels); null or empty where there is none.
     """
     index_column: str | None = None
     """Column that says which rows belong together: the query's id (default: equal queries are one query)."""
@@ -72,11 +72,13 @@ class QuestionAnsweringFlags:
     context_column: str = "context"
     """Column of the text in which the answer is."""
     answers_column: str = "answers"
-    """Column of the right answers."""
+    """Column of the right answers: texts with answer_start; or texts alone, with their places, start and end with the
+    end inclusive, in label_column (default: labels). Rows as SQuAD's and MRQA's files have them are taken apart.
+    """
     doc_stride: int = 128
     """Tokens that neighbouring windows of a long text share."""
     max_query_length: int = 64
-    """Longest question in tokens; longer ones are cut."""
+    """Longest question in tokens; longer ones lose their end."""
     max_answer_length: int = 30
     """Longest answer in tokens."""
     n_best_size: int = 20

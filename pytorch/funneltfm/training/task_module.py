@@ -56,7 +56,7 @@ class TaskModule(ExactResume):
         self.stage = "valid"
         self.total_steps: int | None = None
         self.steps_per_epoch = 0
-        self.monitor: str | None = None  # a score that every validation must have
+        self.monitor: str | None = None  # what selects the best model in training
         self.scores: dict[str, dict[str, float]] = {}
         self.records: dict[str, dict[str, dict[int, Record]]] = {}
         self.train_scores: dict[str, float] = {}
@@ -122,12 +122,15 @@ class TaskModule(ExactResume):
         split = self.splits[self.stage]
         self.scores[self.stage], self.records[self.stage] = {}, {}
         for task in self.scored():
-            records = _gathered(self._kept[task.name])
-            self.records[self.stage][task.name] = records
+            by_index = _gathered(self._kept[task.name])
+            self.records[self.stage][task.name] = by_index
             if not split.labelled(task):
                 continue
+            records, features = list(by_index.values()), split.features.take(list(by_index))
             try:
-                scores = task.score(list(records.values()), split.features.take(list(records)), split.rows)
+                if self.stage == "valid":
+                    task.tune(records, features, split.rows)
+                scores = task.score(records, features, split.rows)
             except InputError as error:  # every process has the same
                 ranks.fail(error)
             for name, value in scores.items():
@@ -141,10 +144,21 @@ class TaskModule(ExactResume):
                     )
                 self.scores[self.stage][f"{task.name}/{name}"] = value
         self._kept = {}
+        self._check_monitor()
         named = {f"{self.stage}/{name}": value for name, value in self.scores[self.stage].items()}
-        if self.stage == "valid" and self.monitor is not None and self.monitor not in named:
-            ranks.fail(InputError(f"--monitor={self.monitor} is none of the scores: {', '.join(named)}."))
         self.log_dict(named, logger=False)  # every process has the same
+
+    def _check_monitor(self) -> None:
+        """A validation must have measured what selects the best model."""
+        fit = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        measured = [f"valid/{name}" for name in self.scores[self.stage]]
+        if fit and self.monitor is not None and self.monitor.startswith("valid/") and self.monitor not in measured:
+            ranks.fail(
+                InputError(
+                    f"{self.monitor} selects the best model, but the validation has not measured it; it has "
+                    f"{', '.join(measured) or 'no labels'}. Give another --monitor, or raise --limit_val_batches."
+                )
+            )
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

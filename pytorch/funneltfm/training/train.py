@@ -219,10 +219,6 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
             results |= _fit(args, module, text, outputs, draw, resume_from)
         for stage in [name for name in splits if name != "train"]:
             evaluate(args, module, text, stage)
-            if stage == "valid":
-                for task in module.scored():
-                    records = _of_split(module, task, stage)
-                    task.tune(*records, splits[stage].rows)
             if module.scores[stage]:
                 results[stage] = module.scores[stage]
         results |= {

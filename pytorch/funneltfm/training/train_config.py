@@ -107,7 +107,9 @@ class DatasetFlags:
     predict_shard_dataset: int | None = None
     """Keep every n-th row for prediction only."""
     bad_rows: Literal["error", "skip"] = "error"
-    """What to do with a broken row of a text file: stop, or skip it and say how many were skipped."""
+    """What to do with a broken row of a text file, or a question whose answer is not where it should be: stop, or skip
+    it and say how many were skipped.
+    """
     batch_size: int = 32
     """Examples in a batch, per device."""
     eval_batch_size: int | None = None
