@@ -79,8 +79,9 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             key = f"{name}_token_id"
             if (value := getattr(tokenizer, key, None)) is not None and hasattr(config, key):
                 more.setdefault(key, value)
-    try:
-        config = type(config).from_dict(config.to_dict() | more)
+    by_name = args.pre_trained_config is None and args.pre_trained_model is None
+    try:  # of a config by name, what is not given follows from what is: layer_types from num_hidden_layers, say
+        config = type(config).from_dict(({} if by_name else config.to_dict()) | more)
     except InputError:
         raise
     except Exception as error:  # configs check themselves in their own ways
@@ -131,7 +132,7 @@ def _yaml_value(text: str) -> Any:
     if "_" in text and text.replace("_", "").isdigit():
         return text
     value = yaml.safe_load(text)
-    if isinstance(value, str):
+    if isinstance(value, str) and "_" not in value:
         try:
             return float(value) if value.lstrip("+-")[:1].isdigit() else value
         except ValueError:
