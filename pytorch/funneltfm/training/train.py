@@ -392,9 +392,7 @@ def _fit(
     loader, ids = _stream_loader(args, module, text) if args.streaming else _train_loader(args, module, text, draw)
     valid = [_eval_loader(args, module, text, "valid")] if "valid" in module.splits else None
     main, lower = monitored(args, module.tasks)
-    if valid:
-        module.monitor = main
-    elif args.early_stopping:
+    if args.early_stopping and not valid:
         raise InputError("--early_stopping needs --valid_dataset: it watches a score of the validation.")
     per_epoch, total = _steps(args, len(loader))
     module.total_steps, module.steps_per_epoch = total, per_epoch
@@ -403,6 +401,7 @@ def _fit(
     history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower)
     save = SaveRun(outputs, args.checkpoint_interval or 0, set())
     keeps = not args.fast_dev_run and not args.barebones
+    module.monitor = main if valid and keeps else None
     callbacks: list[Callback] = [history, Progress(history)] if keeps else []
     if valid and keeps:
         callbacks.append(_best(outputs, main, lower))
