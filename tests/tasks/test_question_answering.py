@@ -159,7 +159,7 @@ def label_texts(features: Features, rows: list[dict[str, Any]]) -> list[str | No
     return texts
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "sentencepiece"])
 def test_labels_are_the_tokens_of_the_answer(make_tokenizer: Any, kind: str) -> None:
     contexts = [
         "the cat sat on the mat",
@@ -182,17 +182,22 @@ def test_labels_are_the_tokens_of_the_answer(make_tokenizer: Any, kind: str) -> 
         assert len(text) <= length + 8
 
 
-def test_every_window_of_an_answer_has_it_and_the_others_have_none(make_tokenizer: Any) -> None:
-    context = "the cat " * 20 + "blue " + "the dog " * 20
-    rows = [row_of(context, "blue")]
-    features = encode_rows([task_of(doc_stride=10)], rows, TextEncoder(make_tokenizer("bert"), 30), "data")
-    expected = [
-        "blue" if "blue" in TextEncoder(make_tokenizer("bert")).tokenizer.decode(e["input_ids"]) else None
-        for e in features
-    ]
-    assert label_texts(features, rows) == expected
-    assert expected.count("blue") == 2
-    assert expected.count(None) >= 3
+def test_the_windows_with_a_whole_answer_have_it_and_the_others_have_none(make_tokenizer: Any) -> None:
+    words = [f"{a}{b}" for a in "abcd" for b in "efghij"]  # two pieces each
+    context, text = " ".join(words), TextEncoder(make_tokenizer("bert"), 30)
+    for first, n in itertools.product(range(len(words)), (1, 2, 5)):
+        answer = " ".join(words[first : first + n])
+        rows = [row_of(context, answer)]
+        features = encode_rows([task_of(doc_stride=9)], rows, text, "data")
+        held = [" ".join(f"{answer} ".replace(" ", "")) in e for e in _letters(features, text.tokenizer)]
+        assert len(held) == 3
+        assert label_texts(features, rows) == [answer if whole else None for whole in held]
+
+
+def _letters(features: Features, tokenizer: Any) -> list[str]:
+    """The context of each window, letter by letter."""
+    contexts = (example["input_ids"][example["context_at"] : -1] for example in features)
+    return [" ".join("".join(tokenizer.convert_ids_to_tokens(ids)).replace("##", "")) for ids in contexts]
 
 
 def test_a_window_takes_the_first_answer_that_it_holds_whole(make_tokenizer: Any) -> None:
