@@ -1,6 +1,8 @@
 """Tokenizers of every kind and tiny configs of every architecture, made here."""
 
+import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +207,106 @@ def tiny(request, tokenizers):
     if request.param == "modernbert":
         keys |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     return request.param, transformers.AutoConfig.for_model(request.param, **keys), tokenizer
+
+
+# ---- for questions: numbers and colours
+
+QUESTION_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+QUESTION_TEXT = [
+    "the cat sat on the mat and the dog ran to the house",
+    "where is the key of number one two three four five six seven",
+    "who has the red green blue ball in the big small box ?",
+] * 20
+NO_TYPES = {"roberta", "camembert", "xlm_roberta", "distilbert", "modernbert"}  # no token types
+_QUESTION_BERT = ("hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=64")
+TINY_KWARGS = {
+    **dict.fromkeys(
+        ("bert", "roberta", "deberta", "deberta_v2", "camembert", "xlm_roberta", "modernbert"), _QUESTION_BERT
+    ),
+    "electra": (*_QUESTION_BERT, "embedding_size=16"),
+    "albert": (*_QUESTION_BERT, "embedding_size=16"),
+    "distilbert": ("dim=32", "n_layers=1", "n_heads=2", "hidden_dim=64"),
+    "funnel": (
+        *("block_size='1_1'", "d_model=32", "d_embed=32", "n_head=2", "d_head=16", "d_inner=64"),
+        "decoder_size=1",
+    ),
+}
+
+
+def question_bert() -> transformers.PreTrainedTokenizerFast:
+    """Lower-case word pieces, [CLS] a [SEP] b [SEP], token types."""
+    letters = sorted(set(string.ascii_lowercase + string.digits + string.punctuation))
+    words = sorted({word for line in QUESTION_TEXT for word in line.split()} - set(letters))
+    pieces = [*QUESTION_SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **dict(zip(names, QUESTION_SPECIAL, strict=True))
+    )
+
+
+def question_roberta() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level pieces, <s> a </s></s> b </s>, no token types."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(QUESTION_TEXT, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="<s>",
+        sep_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+        **dict(zip(names, special, strict=True)),
+    )
+
+
+def question_sentencepiece() -> transformers.PreTrainedTokenizerFast:
+    """Pieces that begin with the space before them, <s> a </s> b </s>."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.Unigram([(piece, 0.0) for piece in special], unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(QUESTION_TEXT, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
+    names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+    more = dict(zip(names, special, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", **more)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[str], transformers.PreTrainedTokenizerFast]:
+    """A new one of a kind: "bert", "roberta" or "sentencepiece"."""
+    kinds = {"bert": question_bert, "roberta": question_roberta, "sentencepiece": question_sentencepiece}
+    return lambda kind: kinds[kind]()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the tokenizers, by the name of each model."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    question_bert().save_pretrained(folder / "bert")
+    question_roberta().save_pretrained(folder / "roberta")
+    return {name: folder / ("roberta" if name in NO_TYPES else "bert") for name in TINY_KWARGS}
+
+
+@pytest.fixture(scope="session")
+def tiny_kwargs() -> dict[str, tuple[str, ...]]:
+    """additional_config_kwargs of a tiny model, by its name."""
+    return TINY_KWARGS

@@ -258,10 +258,12 @@ def test_predictions(make_tokenizer: Any) -> None:
 # ---- end to end
 
 
-def run(tiny: Any, folder: Path, model: str, tokenizer: Path, **flags: Any) -> dict[str, Any]:
+def run(tiny_kwargs: Any, folder: Path, model: str, tokenizer: Path, **flags: Any) -> dict[str, Any]:
     flags = {"name": "run", "output_dir": str(folder), "save_total_limit": 0, "max_sequence_length": 32} | flags
     flags = {"pipeline": "multiple_choice", "batch_size": 8, "enable_progress_bar": False} | flags
-    return train(model=model, pre_trained_tokenizer=str(tokenizer), additional_config_kwargs=tiny[model], **flags)
+    return train(
+        model=model, pre_trained_tokenizer=str(tokenizer), additional_config_kwargs=tiny_kwargs[model], **flags
+    )
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -269,13 +271,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model(model: str, tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_every_model(model: str, tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     """A step, an evaluation, a prediction without labels, and a folder that the Auto class reads."""
     rows = made_up(8)
     data = written(tmp_path / "train.jsonl", rows)
     bare = [{name: row[name] for name in row if name != "answer"} for row in rows]
     results = run(
-        *(tiny, tmp_path, model, tokenizers[model]),
+        *(tiny_kwargs, tmp_path, model, tokenizer_folders[model]),
         train_dataset=[data],
         valid_dataset=data,
         max_steps=1,
@@ -297,15 +299,15 @@ def test_every_model(model: str, tokenizers: dict[str, Path], tiny: Any, tmp_pat
         assert one["scores"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
 
 
-def test_deberta_has_no_such_head(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_deberta_has_no_such_head(tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     data = written(tmp_path / "train.jsonl", made_up(8))
     with pytest.raises(InputError, match="cannot make a model for multiple_choice of deberta"):
-        run(tiny, tmp_path, "deberta", tokenizers["deberta"], train_dataset=[data], max_steps=1)
+        run(tiny_kwargs, tmp_path, "deberta", tokenizer_folders["deberta"], train_dataset=[data], max_steps=1)
 
 
-def test_it_learns(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_it_learns(tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     results = run(
-        *(tiny, tmp_path, "bert", tokenizers["bert"]),
+        *(tiny_kwargs, tmp_path, "bert", tokenizer_folders["bert"]),
         train_dataset=[written(tmp_path / "train.jsonl", made_up(300, 1))],
         valid_dataset=written(tmp_path / "valid.jsonl", made_up(60, 2)),
         max_epochs=4,
@@ -320,10 +322,10 @@ def test_it_learns(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> No
     assert results["valid"]["multiple_choice/accuracy"] > 0.8
 
 
-def test_a_mixture_with_masked_lm(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_a_mixture_with_masked_lm(tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     data = written(tmp_path / "data.jsonl", made_up(12))
     results = run(
-        *(tiny, tmp_path, "bert", tokenizers["bert"]),
+        *(tiny_kwargs, tmp_path, "bert", tokenizer_folders["bert"]),
         pipeline="masked_lm+multiple_choice",
         train_dataset=[data],
         valid_dataset=data,
@@ -334,15 +336,15 @@ def test_a_mixture_with_masked_lm(tokenizers: dict[str, Path], tiny: Any, tmp_pa
 
 
 @pytest.mark.slow
-def test_race(tiny: Any, tmp_path: Path) -> None:
-    """Real questions: their texts hold question and option whole, and the loss of a tiny model falls."""
+def test_race(tiny_kwargs: Any, tmp_path: Path) -> None:
+    """Real questions: their texts hold question and option whole, and the loss of a tiny_kwargs model falls."""
     source = SHARED / "RACE/dev_middle.jsonl"
     if not source.exists():
         pytest.skip("needs ../shared/data/RACE")
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:4]]
     tokenizer = SHARED / "tokenizers/bert-base-uncased/vocab.txt"
     results = run(
-        *(tiny, tmp_path, "bert", tokenizer),
+        *(tiny_kwargs, tmp_path, "bert", tokenizer),
         train_dataset=[written(tmp_path / "race.jsonl", rows)],
         valid_dataset=written(tmp_path / "race.jsonl", rows),
         max_epochs=30,

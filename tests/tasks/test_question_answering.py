@@ -472,10 +472,12 @@ def test_a_head_that_searches_ends_beside_starts_is_refused(make_tokenizer: Any)
 # ---- end to end
 
 
-def run(tiny: Any, folder: Path, model: str, tokenizer: Path, **flags: Any) -> dict[str, Any]:
+def run(tiny_kwargs: Any, folder: Path, model: str, tokenizer: Path, **flags: Any) -> dict[str, Any]:
     flags = {"name": "run", "output_dir": str(folder), "save_total_limit": 0, "max_sequence_length": 48} | flags
     flags = {"pipeline": "question_answering", "batch_size": 8, "doc_stride": 6, "enable_progress_bar": False} | flags
-    return train(model=model, pre_trained_tokenizer=str(tokenizer), additional_config_kwargs=tiny[model], **flags)
+    return train(
+        model=model, pre_trained_tokenizer=str(tokenizer), additional_config_kwargs=tiny_kwargs[model], **flags
+    )
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -483,13 +485,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model(model: str, tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_every_model(model: str, tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     """A step, an evaluation, a prediction without labels, and a folder that the Auto class reads."""
     rows = made_up(8, impossible=True)
     data = written(tmp_path / "train.jsonl", rows)
     bare = [{name: row[name] for name in ("id", "question", "context")} for row in rows]
     results = run(
-        *(tiny, tmp_path, model, tokenizers[model]),
+        *(tiny_kwargs, tmp_path, model, tokenizer_folders[model]),
         train_dataset=[data],
         valid_dataset=data,
         max_steps=1,
@@ -513,12 +515,14 @@ def test_every_model(model: str, tokenizers: dict[str, Path], tiny: Any, tmp_pat
     assert isinstance(state["null_threshold"], float)
 
 
-def test_it_learns_and_says_what_it_scores(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_it_learns_and_says_what_it_scores(
+    tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path
+) -> None:
     """A text and a question of which the model can learn the answer; every score is that of what it wrote."""
     rows = made_up(300, 1, impossible=True, length=2)
     valid, test = made_up(40, 2, impossible=True, length=2), made_up(40, 3, impossible=True, length=2)
     results = run(
-        *(tiny, tmp_path, "bert", tokenizers["bert"]),
+        *(tiny_kwargs, tmp_path, "bert", tokenizer_folders["bert"]),
         train_dataset=[written(tmp_path / "train.jsonl", rows)],
         max_epochs=3,
         learning_rate=3e-3,
@@ -544,11 +548,11 @@ def test_it_learns_and_says_what_it_scores(tokenizers: dict[str, Path], tiny: An
     assert results["best"] == pytest.approx(results["valid"]["question_answering/f1"], abs=1e-6)
 
 
-def test_evaluations_do_not_add_up(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_evaluations_do_not_add_up(tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     """Every validation of a model that stands still is the same: nothing is left of the one before."""
     data = written(tmp_path / "data.jsonl", made_up(10, length=4))
     run(
-        *(tiny, tmp_path, "bert", tokenizers["bert"]),
+        *(tiny_kwargs, tmp_path, "bert", tokenizer_folders["bert"]),
         train_dataset=[data],
         valid_dataset=data,
         max_epochs=3,
@@ -563,20 +567,20 @@ def test_evaluations_do_not_add_up(tokenizers: dict[str, Path], tiny: Any, tmp_p
 
 
 def test_validation_that_leaves_no_question_whole_is_an_error(
-    tokenizers: dict[str, Path], tiny: Any, tmp_path: Path
+    tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path
 ) -> None:
     rows = [row_of("the cat sat on the mat " * 9, "mat", id=str(i)) for i in range(4)]
     data = written(tmp_path / "data.jsonl", rows)
     flags = {"train_dataset": [data], "valid_dataset": data, "max_epochs": 1, "max_sequence_length": 24}
     with pytest.raises(InputError, match=r"valid/question_answering/f1 selects.*has not measured.*--limit_val_batches"):
-        run(tiny, tmp_path, "bert", tokenizers["bert"], limit_val_batches=1, batch_size=2, **flags)
-    run(tiny, tmp_path, "bert", tokenizers["bert"], fast_dev_run=True, batch_size=2, **flags)
+        run(tiny_kwargs, tmp_path, "bert", tokenizer_folders["bert"], limit_val_batches=1, batch_size=2, **flags)
+    run(tiny_kwargs, tmp_path, "bert", tokenizer_folders["bert"], fast_dev_run=True, batch_size=2, **flags)
 
 
-def test_a_mixture_with_masked_lm(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_a_mixture_with_masked_lm(tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     data = written(tmp_path / "data.jsonl", made_up(12, impossible=True))
     results = run(
-        *(tiny, tmp_path, "funnel", tokenizers["funnel"]),
+        *(tiny_kwargs, tmp_path, "funnel", tokenizer_folders["funnel"]),
         pipeline="masked_lm+question_answering",
         train_dataset=[data],
         valid_dataset=data,
@@ -595,13 +599,15 @@ def test_a_mixture_with_masked_lm(tokenizers: dict[str, Path], tiny: Any, tmp_pa
 
 
 @pytest.mark.slow
-def test_windows_of_a_question_in_two_processes(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_windows_of_a_question_in_two_processes(
+    tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path
+) -> None:
     """The same model scores the same, however many processes share the windows."""
     data = written(tmp_path / "data.jsonl", made_up(21, impossible=True, length=5))
     both = []
     for devices in ("1", "2"):
         results = run(
-            *(tiny, tmp_path / devices, "bert", tokenizers["bert"]),
+            *(tiny_kwargs, tmp_path / devices, "bert", tokenizer_folders["bert"]),
             valid_dataset=data,
             batch_size=2,
             max_sequence_length=20,
@@ -618,7 +624,7 @@ def test_windows_of_a_question_in_two_processes(tokenizers: dict[str, Path], tin
 
 
 @pytest.mark.slow
-def test_squad(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
+def test_squad(tokenizer_folders: dict[str, Path], tiny_kwargs: Any, tmp_path: Path) -> None:
     """Real questions: the loss falls, the labels are the answers, and scores are those of what was written."""
     source = SHARED / "SQuAD-v1.1/dev-v1.1.32articles.json"
     if not source.exists():
@@ -627,7 +633,7 @@ def test_squad(tokenizers: dict[str, Path], tiny: Any, tmp_path: Path) -> None:
     rows = [{"title": a["title"], "paragraphs": a["paragraphs"][:6]} for a in articles]
     data = written(tmp_path / "squad.jsonl", rows)
     results = run(
-        *(tiny, tmp_path, "bert", SHARED / "tokenizers/bert-base-uncased/vocab.txt"),
+        *(tiny_kwargs, tmp_path, "bert", SHARED / "tokenizers/bert-base-uncased/vocab.txt"),
         train_dataset=[data],
         valid_dataset=data,
         max_steps=30,

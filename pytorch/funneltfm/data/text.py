@@ -267,6 +267,10 @@ def get_text_tokenizer(path: str, words: bool = False) -> Any:
             state = json.loads(backend.to_str())
             _set_prefix_space(state["pre_tokenizer"])
             backend.pre_tokenizer = type(backend).from_str(json.dumps(state)).pre_tokenizer
+        types = "token_type_ids"
+        if types not in tokenizer.model_input_names and any(tokenizer("a", "a", return_token_type_ids=True)[types]):
+            tokenizer.model_input_names = [*tokenizer.model_input_names, types]
+            tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # saved: others get them as we do
         return tokenizer
     except InputError:
         raise

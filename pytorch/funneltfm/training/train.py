@@ -54,6 +54,7 @@ from funneltfm.training.train_config import PREDICT_GROUPS, make_predict_args, m
 
 log = logging.getLogger(__name__)
 
+_HYPERPARAMETERS = "hyperparameters.json"  # beside a model: its run's flags, and what its tasks know
 # Flags that change neither what is learned nor in which order, so a resumed run may have others.
 _FREE_ON_RESUME = {
     *("resume", "ckpt_path", "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
@@ -237,22 +238,25 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
 def _tasks(args: Args) -> tuple[list[Task], TextEncoder]:
     tasks = make_tasks(args.pipeline, args)
     if args.train_dataset is None:  # what they would learn from it, the model's folder knows
-        known = _hyperparameters(args.pre_trained_model)["tasks"]
+        learners = [task for task in tasks if type(task).learn is not Task.learn]
+        trained = (Path(args.pre_trained_model or "") / _HYPERPARAMETERS).is_file()
+        known = _hyperparameters(args.pre_trained_model)["tasks"] if trained or learners else {}
         for task in tasks:
-            if task.name not in known:
+            if task.name in known:
+                task.load_state(known[task.name])
+            elif task in learners:
                 raise InputError(f"{args.pre_trained_model} was trained for {', '.join(known)}, not for {task.name}.")
-            task.load_state(known[task.name])
     tokenizer = ranks.main_first(lambda: load_tokenizer(args, tasks))
     return tasks, TextEncoder(tokenizer, args.max_sequence_length, token_types=args.extended_token_type_ids)
 
 
 def _hyperparameters(folder: str | None) -> dict[str, Any]:
     """What `train` has written beside a model."""
-    path = Path(folder or "") / "hyperparameters.json"
+    path = Path(folder or "") / _HYPERPARAMETERS
     if folder is None or not path.is_file():
         raise InputError(
             "without --train_dataset the model must be trained already: give --pre_trained_model with a folder that "
-            f"`funneltfm train` has left. There is no hyperparameters.json in {folder or 'it'}."
+            f"`funneltfm train` has left. There is no {_HYPERPARAMETERS} in {folder or 'it'}."
         )
     content = read_json(path, "what is known of the model")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("flags", "tasks")):
