@@ -556,7 +556,7 @@ def test_evaluations_do_not_add_up(tokenizer_folders: dict[str, Path], tiny_kwar
         train_dataset=[data],
         valid_dataset=data,
         max_epochs=3,
-        learning_rate=0.0,
+        learning_rate=1e-30,
         max_sequence_length=24,
     )
     with open(tmp_path / "runs/run/metrics.csv", newline="") as handle:
