@@ -21,6 +21,7 @@ _CONFIGS = _NEEDED[1]
 def _register() -> None:
     try:
         importlib.import_module("funneltfm.funnel.hf")
+        importlib.import_module("funneltfm.lsg.models")
     except ImportError as error:  # an older transformers must go on working for what it can do
         logging.getLogger(__name__).warning("FunnelTFM is not registered with transformers: %s", error)
 
@@ -28,7 +29,7 @@ def _register() -> None:
 class _Finder:
     """An import finder that waits for the Auto classes and registers our models as soon as `transformers` has them.
 
-    funnel.hf needs all of `_NEEDED`, which import each other, so it follows the outermost of them.
+    Ours need all of `_NEEDED`, which import each other, so they follow the outermost of them. They register themselves.
     """
 
     def __init__(self) -> None:
