@@ -24,6 +24,7 @@ _FACE = {
     "classify": "funneltfm.training.classify",
     "train": "funneltfm.training.train",
     "predict": "funneltfm.training.train",
+    "LSGConverter": "funneltfm.lsg.convert",
 }
 # Citizens of `transformers` (the extra "hf"); the Auto classes know them as soon as it is imported.
 _FACE |= dict.fromkeys(

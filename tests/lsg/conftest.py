@@ -33,7 +33,7 @@ def make_base_config(model_type: str, **values):
     from transformers import AutoConfig
 
     shape = SEQ2SEQ if model_type in ("bart", "mbart", "pegasus") else {} if model_type == "distilbert" else ENCODER
-    return AutoConfig.for_model(model_type, **COMMON, **shape, **OWN.get(model_type, {}), **values)
+    return AutoConfig.for_model(model_type, **(COMMON | shape | OWN.get(model_type, {}) | values))
 
 
 def make_tiny(model_type: str, head: str = "AutoModel", **settings):

@@ -200,7 +200,7 @@ def test_what_stands_in_padding_changes_nothing(model_type, tokens, side, tiny, 
     inputs = texts(tokens, 9, side)
     encoder = model.get_encoder() if model_type in SEQ2SEQ else model
     positions = {}
-    if MODEL_TYPES[model_type].extra_positions:  # these count the tokens that are not padding
+    if MODEL_TYPES[model_type].counts_padding:  # these count the tokens that are not padding
         positions["position_ids"] = torch.arange(2, tokens + 2)[None]
     before = run(encoder, inputs, **positions).last_hidden_state
     padding = inputs["attention_mask"] == 0

@@ -14,6 +14,8 @@ VERBS = {
     "predict": "predict with a model that `train` has left, to jsonl",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
+    "convert-lsg": "make an LSG model, for long texts, of a checkpoint of transformers",
+    "lsg-pattern": "draw what sees what in LSG attention",
     "batch-size": "find the largest training batch that fits, for models and lengths",
 }
 

@@ -42,8 +42,8 @@ class ModelType:
     is_encoder_decoder: bool = False
     position_offset: int = 0
     """Rows of the position table in front of the first position's."""
-    extra_positions: int = 0
-    """By how much config.max_position_embeddings exceeds the number of positions."""
+    counts_padding: bool = False
+    """Whether those rows end with the padding token's, and config.max_position_embeddings counts them."""
     token_types: bool = False
     """Whether the original adds a token type to the global tokens."""
 
@@ -52,13 +52,13 @@ MODEL_TYPES = {
     "albert": ModelType("Albert", encoder="Transformer", token_types=True),
     "bart": ModelType("Bart", "LearnedPositionalEmbedding", is_encoder_decoder=True, position_offset=2),
     "bert": ModelType("Bert", token_types=True),
-    "camembert": ModelType("Camembert", position_offset=2, extra_positions=2),
+    "camembert": ModelType("Camembert", counts_padding=True),
     "distilbert": ModelType("DistilBert", "/Embeddings", "/Transformer"),
     "electra": ModelType("Electra", token_types=True),
     "mbart": ModelType("MBart", "LearnedPositionalEmbedding", is_encoder_decoder=True, position_offset=2),
     "pegasus": ModelType("Pegasus", "SinusoidalPositionalEmbedding", is_encoder_decoder=True),
-    "roberta": ModelType("Roberta", position_offset=2, extra_positions=2),
-    "xlm-roberta": ModelType("XLMRoberta", position_offset=2, extra_positions=2),
+    "roberta": ModelType("Roberta", counts_padding=True),
+    "xlm-roberta": ModelType("XLMRoberta", counts_padding=True),
 }
 ALIASES = {"barthez": "mbart"}  # transformers has no model type of that name; the checkpoints say mbart
 

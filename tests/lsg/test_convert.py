@@ -1,0 +1,359 @@
+"""Conversion: the original's weights, every model type, and folders that load with and without this package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+
+from funneltfm.errors import InputError
+from funneltfm.lsg.convert import LSGConverter, check_converted, save_converted
+from funneltfm.lsg.models import ALIASES, MODEL_TYPES, base_class
+from funneltfm.lsg.remote import remote_code
+
+SOURCE = Path(__file__).resolve().parents[2] / "pytorch"
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = {
+        word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(55))])
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+        pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", model_max_length=300,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.fixture
+def save_base(base_config, tmp_path):
+    """save_base("bert", "AutoModelForMaskedLM") -> folder of a base model with random weights, and the model."""
+
+    def save(model_type: str, auto: str = "", **values):
+        torch.manual_seed(1)
+        seq2seq = MODEL_TYPES[model_type].is_encoder_decoder
+        auto = auto or ("AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForPreTraining")
+        model = getattr(transformers, auto).from_config(base_config(model_type, **values)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        folder = tmp_path / f"base-{model_type}"
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        return folder, model
+
+    return save
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize(("name", "length"), [("bert", 2048), ("bart", 2048), ("electra", 128)])
+def test_weights_are_the_original_s(fixtures, name, length):
+    from safetensors.torch import load_file
+
+    model, tokenizer = LSGConverter(max_sequence_length=length).convert_from_pretrained(fixtures / name / "base")
+    want = load_file(fixtures / name / "lsg_weights.safetensors")
+    got = model.state_dict()
+    assert not want.keys() - got.keys()
+    for key, value in want.items():
+        rows = slice(None)
+        if name == "electra" and "global" in key:  # the base has 64 positions; beyond them the original draws
+            rows = slice(0, None, 8)
+        assert torch.equal(got[key][rows], value[rows]), key
+    assert model.config.max_position_embeddings == length
+    assert tokenizer.model_max_length == length
+    assert model.config.exact_short
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_positions_and_global_tokens(save_base, model_type):
+    folder, base = save_base(model_type)
+    model, _ = LSGConverter(max_sequence_length=700).convert_from_pretrained(folder)
+    state, old = model.state_dict(), base.state_dict()
+    seq2seq = MODEL_TYPES[model_type].is_encoder_decoder
+    tables = [name for name in state if name.endswith(("position_embeddings.weight", "embed_positions.weight"))]
+    assert len(tables) == 1 + seq2seq
+    offset = 2 if MODEL_TYPES[model_type].counts_padding or model_type in ("bart", "mbart") else 0
+    known = 300 - (2 if MODEL_TYPES[model_type].counts_padding else 0)
+    for name in tables:
+        assert len(state[name]) == 700 + offset
+        if model_type == "pegasus":
+            torch.testing.assert_close(state[name][:300], old[name])
+            assert not torch.equal(state[name][300:600], old[name])
+            continue
+        assert torch.equal(state[name][: offset + known], old[name])
+        assert torch.equal(state[name][offset + known : offset + 2 * known], old[name][offset:])
+    assert model.config.max_position_embeddings == 700 + (2 if MODEL_TYPES[model_type].counts_padding else 0)
+    (table,) = (value for name, value in state.items() if name.endswith("global_embeddings.weight"))
+    words = base.get_input_embeddings().weight
+    types = [value[0] for name, value in old.items() if name.endswith("token_type_embeddings.weight")]
+    added = types[0] if types and MODEL_TYPES[model_type].token_types else 0
+    positions = old[tables[0]][offset:]
+    assert torch.equal(table[0], positions[0] + words[0] + added)
+    assert torch.equal(table[1], positions[64] + words[4] + added)
+    assert torch.equal(table[8], positions[1] + words[4] + added)
+    assert torch.equal(table[7], positions[448 * known // 512] + words[4] + added)  # 448 is none of its positions
+    assert len(torch.unique(table[:8], dim=0)) == 8
+    without, _ = LSGConverter(use_token_ids=False).convert_from_pretrained(folder)
+    (other,) = (value for name, value in without.state_dict().items() if name.endswith("global_embeddings.weight"))
+    torch.testing.assert_close(table - other, torch.zeros_like(table) + added)
+
+
+def test_random_global_tokens_have_the_words_distribution(save_base):
+    folder, base = save_base("roberta")
+    model, _ = LSGConverter(random_global_init=True).convert_from_pretrained(folder)
+    plain, _ = LSGConverter().convert_from_pretrained(folder)
+    again, _ = LSGConverter(random_global_init=True).convert_from_pretrained(folder)
+    other, _ = LSGConverter(random_global_init=True, seed=5).convert_from_pretrained(folder)
+    table, mask, same, differs = (
+        m.roberta.embeddings.global_embeddings.weight.detach() for m in (model, plain, again, other)
+    )
+    words = base.get_input_embeddings().weight.detach()
+    assert torch.equal(table, same)
+    assert not torch.equal(table, differs)
+    assert torch.equal(table[0], mask[0])
+    drawn = (table - (mask - words[4]))[1:]  # without the positions
+    torch.testing.assert_close(drawn.mean(0), words.mean(0), rtol=0, atol=0.1 * words.std().item() * 2)
+    torch.testing.assert_close(drawn.T.cov(), words.T.cov(), rtol=0, atol=0.3 * words.var().item())
+
+
+def test_an_lsg_source_is_resized_or_made_anew(save_base, tmp_path):
+    folder, _ = save_base("bert")
+    model, tokenizer = LSGConverter(max_sequence_length=600).convert_from_pretrained(folder, block_size=16)
+    with torch.no_grad():
+        model.bert.embeddings.global_embeddings.weight.normal_()
+    save_converted(model, tokenizer, tmp_path / "lsg")
+    trained = model.bert.embeddings.global_embeddings.weight
+
+    def convert(**options):
+        made, _ = LSGConverter(max_sequence_length=900, **options).convert_from_pretrained(tmp_path / "lsg")
+        assert made.config.block_size == 16
+        positions = made.bert.embeddings.position_embeddings.weight
+        assert torch.equal(positions[:900], model.bert.embeddings.position_embeddings.weight.repeat(2, 1)[:900])
+        return made.bert.embeddings.global_embeddings.weight
+
+    assert torch.equal(convert(resize_lsg=True), trained)
+    kept = convert(keep_first_global_token=True)
+    assert torch.equal(kept[0], trained[0])
+    assert not torch.isclose(kept[1:], trained[1:]).all(1).any()
+    assert not torch.allclose(convert()[0], trained[0])
+
+
+# ---- every type, in new processes
+
+
+RUN = """
+import json, sys
+if sys.argv[1] == "without":
+    sys.modules["funneltfm"] = None  # makes its import fail
+else:
+    import funneltfm
+import torch, transformers
+from transformers import AutoTokenizer
+trust = {"trust_remote_code": True} if sys.argv[1] == "without" else {}
+for folder, auto in json.loads(sys.argv[2]):
+    model = getattr(transformers, auto).from_pretrained(folder, **trust).eval()
+    assert type(model).__module__.startswith("funneltfm") == (sys.argv[1] == "with"), type(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.model_max_length == 700
+    inputs = dict(torch.load(folder + "/inputs.pt"))
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, folder + "/" + sys.argv[1] + ".pt")
+    ids = tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+    if auto == "AutoModelForSeq2SeqLM":
+        model.generate(ids, max_new_tokens=3)
+    model.save_pretrained(folder + "/again-" + sys.argv[1])
+"""
+
+
+def test_every_type_loads_in_new_processes_with_and_without_the_package(save_base, tmp_path):
+    """Same logits bit for bit; and what such a process saves loads here."""
+    folders = []
+    for model_type in [*MODEL_TYPES, *ALIASES]:
+        real = ALIASES.get(model_type, model_type)
+        seq2seq = MODEL_TYPES[real].is_encoder_decoder
+        auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForSequenceClassification"
+        base, _ = save_base(real, auto)
+        if model_type != real:
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        converter = LSGConverter(max_sequence_length=700)
+        model, tokenizer = converter.convert_from_pretrained(
+            base, block_size=8, sparse_block_size=8, num_global_tokens=2
+        )
+        folder = tmp_path / f"lsg_{model_type}"
+        save_converted(model, tokenizer, folder)
+        inputs = {"input_ids": torch.randint(5, 60, (2, 45)), "attention_mask": torch.ones(2, 45, dtype=torch.long)}
+        inputs["attention_mask"][1, 39:] = 0
+        if seq2seq:
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
+        torch.save(inputs, folder / "inputs.pt")
+        with torch.no_grad():
+            torch.save(model(**inputs).logits, folder / "here.pt")
+        folders.append((str(folder), auto))
+    for how in ("with", "without"):
+        path = {"PYTHONPATH": str(SOURCE)} if how == "with" else {}
+        env = {
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+        } | path
+        command = [sys.executable, "-W", "error", "-c", RUN, how, json.dumps(folders)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for folder, auto in folders:
+            here, there = (torch.load(f"{folder}/{name}.pt") for name in ("here", how))
+            assert torch.equal(here, there), folder
+            model = getattr(transformers, auto).from_pretrained(f"{folder}/again-{how}").eval()
+            with torch.no_grad():
+                assert torch.equal(model(**torch.load(f"{folder}/inputs.pt")).logits, here)
+
+
+def test_a_folder_does_not_load_as_a_plain_model_by_mistake(save_base, tmp_path):
+    """Without the package and without trust_remote_code, transformers says that it needs code."""
+    folder, _ = save_base("bert")
+    save_converted(*LSGConverter(700).convert_from_pretrained(folder), tmp_path / "lsg")
+    code = "import sys, transformers as t; t.AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "lsg")], capture_output=True, text=True, timeout=300,
+        env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr
+
+
+def test_the_file_is_one_and_its_own():
+    code = remote_code()
+    assert "import funneltfm" not in code
+    assert "from funneltfm" not in code
+    names = [
+        line.split()[1].split("(")[0].rstrip(":") for line in code.splitlines() if line.startswith(("def ", "class "))
+    ]
+    assert len(names) == len(set(names))
+    assert 'ATTENTION = "lsg-' in code
+    compile(code, "modeling_lsg.py", "exec")
+
+
+# ---- sources that the original could not read, and what does not fit
+
+
+def test_the_architecture_is_the_source_s_or_as_asked(save_base):
+    folder, _ = save_base("bert", "AutoModelForTokenClassification")
+    converter = LSGConverter(700)
+    assert type(converter.convert_from_pretrained(folder)[0]).__name__ == "LSGBertForTokenClassification"
+    for name in ("BertForMaskedLM", "LSGBertForMaskedLM"):
+        model, _ = converter.convert_from_pretrained(folder, architecture=name)
+        assert type(model).__name__ == "LSGBertForMaskedLM"
+    heads = [
+        converter.convert_from_pretrained(folder, "BertForQuestionAnswering")[0].qa_outputs.weight for _ in range(2)
+    ]
+    assert torch.equal(*heads)  # drawn from the seed
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert type(converter.convert_from_pretrained(folder)[0]).__name__ == "LSGBertForPreTraining"
+    with pytest.raises(InputError, match="architecture must be one of BertFor"):
+        converter.convert_from_pretrained(folder, "BertForPoetry")
+
+
+def test_half_precision_stays(save_base):
+    folder, base = save_base("bert")
+    base.to(torch.bfloat16).save_pretrained(folder)
+    model, _ = LSGConverter(700).convert_from_pretrained(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"global_positional_stride": 48}, "must divide 512"),
+        ({"global_positional_stride": 0}, "must divide 512"),
+        ({"max_sequence_length": 0}, "at least 1"),
+    ],
+)
+def test_converters_that_cannot_work_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        LSGConverter(**options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"num_global_tokens": 0}, "num_global_tokens must be 1 to 512"),
+        ({"num_global_tokens": 1000}, "num_global_tokens must be 1 to 512"),
+        ({"block_size": 8, "sparsity_factor": 3}, "a divisor of block_size 8"),
+        ({"blok_size": 8}, "Did you mean block_size"),
+        ({"hidden_dropout_prob": "much"}, "refuses model_kwargs"),
+        ({"sparsity_type": "norms"}, "must be one of"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(save_base, keys, said):
+    folder, _ = save_base("bert")
+    with pytest.raises(InputError, match=said):
+        LSGConverter(700).convert_from_pretrained(folder, **keys)
+
+
+def test_keys_of_both_kinds_are_taken(save_base):
+    folder, _ = save_base("bert")
+    model, _ = LSGConverter(700).convert_from_pretrained(
+        folder, hidden_dropout_prob=0.3, sparsity_type=None, exact_short=False
+    )
+    assert (model.config.hidden_dropout_prob, model.config.sparsity_type, model.config.exact_short) == (
+        0.3,
+        "none",
+        False,
+    )
+
+
+def test_sources_that_do_not_fit_are_refused(save_base, tmp_path):
+    folder, _ = save_base("bert")
+    with pytest.raises(InputError, match="for sources that are LSG"):
+        LSGConverter(resize_lsg=True).convert_from_pretrained(folder)
+    with pytest.raises(InputError, match="cannot read the config"):
+        LSGConverter().convert_from_pretrained(tmp_path / "none")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt/config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(InputError, match="model type 'gpt2'; LSG can be made of albert"):
+        LSGConverter().convert_from_pretrained(tmp_path / "gpt")
+    folder, _ = save_base("bart", max_position_embeddings=1100)
+    with pytest.raises(InputError, match="a multiple of 2"):
+        LSGConverter(global_positional_stride=1).convert_from_pretrained(folder)
+
+
+def test_a_source_of_more_positions_is_subsampled(save_base):
+    folder, base = save_base("bart", max_position_embeddings=1100)
+    model, _ = LSGConverter().convert_from_pretrained(folder)
+    positions = base.model.encoder.embed_positions.weight[2:]
+    words = base.get_input_embeddings().weight
+    table = model.model.encoder.global_embeddings.weight
+    assert torch.equal(table[1], positions[64] + words[4])
+    assert torch.equal(table[16], positions[2] + words[4])
+
+
+def test_a_written_model_is_checked(save_base, tmp_path):
+    folder, _ = save_base("bert")
+    made = LSGConverter(700).convert_from_pretrained(folder, block_size=8, sparse_block_size=8)
+    save_converted(*made, tmp_path / "lsg")
+    lines = check_converted(tmp_path / "lsg", folder, made[0])
+    assert len(lines) == 3
+    assert all("bit for bit" in line for line in lines)
+    assert sum("differ by at most 0.0e+00" in line for line in lines) == 2
+    with torch.no_grad():
+        made[0].get_input_embeddings().weight.add_(1.0)
+    with pytest.raises(InputError, match="gives other outputs"):
+        check_converted(tmp_path / "lsg", folder, made[0])
+    with pytest.raises(InputError, match="exists and is not empty"):
+        save_converted(*made, tmp_path / "lsg")
+    save_converted(*made, tmp_path / "lsg", overwrite=True)
+    assert check_converted(tmp_path / "lsg", folder, made[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-bert", "lsg"]
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "lsg"), base_class("bert", "Model"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "lsg").model_max_length == 700
