@@ -22,7 +22,7 @@ from funneltfm.lsg.selection import Draw, pad_tokens, select
 from funneltfm.lsg.settings import LSGSettings
 
 TOKENS, SUMMARIES = 0, 1  # sources of windows
-CHUNK = 2**20  # numbers in the windows that exist at a time, so that they stay in the cache
+CHUNK = 2**18  # numbers in the windows that exist at a time, so that they stay in the cache; two blocks' at the least
 
 
 class Part(NamedTuple):
@@ -315,7 +315,7 @@ def _chunks(query, key, value, keys, values, seen, stream_seen, plan):
     examples, heads, length, width = query.shape
     blocks = (length - ahead) // block
     window = ahead + sum(part.size for part in plan.parts)
-    step = max(1, CHUNK // (heads * width * window))
+    step = max(2, CHUNK // (heads * width * window))
     lengths = (length - ahead, keys.shape[2])
     for example in range(examples):
         some_seen, some_stream = (x if x is None else x[example] for x in (seen, stream_seen))
@@ -354,43 +354,50 @@ def _forward(chunk: _Chunk, plan: Plan, noise: torch.Generator) -> tuple[Tensor,
     if not plan.dropout:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(chunk.query, chunk.key, chunk.value, attn_mask=chunk.mask, scale=plan.scale)
-    weights, keep = _weights(chunk, plan), _keep(chunk, plan, noise)
-    return (weights * keep) @ chunk.value, weights.new_empty(0)
+    weights, keep, rescale = _weights(chunk, plan), *_kept(chunk, plan, noise)
+    out = weights.mul_(keep) @ chunk.value.transpose(0, 1)
+    return out.mul_(rescale).transpose(0, 1), weights.new_empty(0)
 
 
 def _backward(
     chunk: _Chunk, plan: Plan, noise: torch.Generator, grad: Tensor, out: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of a chunk's query, key and value."""
     if not plan.dropout:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         tensors = (grad, chunk.query, chunk.key, chunk.value, out, sums)
         return flash(*tensors, 0.0, False, attn_mask=chunk.mask, scale=plan.scale)
-    weights, keep = _weights(chunk, plan), _keep(chunk, plan, noise)
-    grad_value = (weights * keep).transpose(-1, -2) @ grad
-    grad_weights = (grad @ chunk.value.transpose(-1, -2)).mul_(keep)
-    grad_scores = weights * (grad_weights - (grad * out).sum(-1, keepdim=True)) * plan.scale
-    return grad_scores @ chunk.key, grad_scores.transpose(-1, -2) @ chunk.query, grad_value
+    weights, keep, rescale = _weights(chunk, plan), *_kept(chunk, plan, noise)
+    query, key, value, grad, out = (x.transpose(0, 1) for x in (chunk.query, chunk.key, chunk.value, grad, out))
+    through = grad * rescale
+    grad_scores = (through @ value.transpose(-1, -2)).mul_(keep)
+    grad_scores.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+    grad_value = weights.mul_(keep).transpose(-1, -2) @ through
+    grads = (grad_scores @ key * plan.scale, grad_scores.transpose(-1, -2) @ (query * plan.scale), grad_value)
+    return tuple(x.transpose(0, 1) for x in grads)
 
 
 def _weights(chunk: _Chunk, plan: Plan) -> Tensor:
-    scores = (chunk.query * plan.scale) @ chunk.key.transpose(-1, -2)
+    """The softmax (N, count, rows, K), heads first, as the windows lie in memory."""
+    scores = (chunk.query * plan.scale).transpose(0, 1) @ chunk.key.permute(1, 0, 3, 2)
     if chunk.mask is not None:
-        scores += chunk.mask
-    return scores.softmax(-1)
+        scores += chunk.mask.transpose(0, 1)
+    return torch.softmax(scores, -1)
 
 
-def _keep(chunk: _Chunk, plan: Plan, noise: torch.Generator) -> Tensor:
-    """Dropout's factors (count, N, rows, K), 0 or 1 / (1 - p). Four 16-bit numbers from each draw: drawing is the cost.
+def _kept(chunk: _Chunk, plan: Plan, noise: torch.Generator) -> tuple[Tensor, float]:
+    """1 for the weights that dropout keeps and 0 for the others, (N, count, rows, K), and the factor of those kept.
 
-    p is rounded to a multiple of 2 ** -16, and the factor is that of the rounded p.
+    A draw of 64 bits decides on four weights, since drawing is what costs; so the rate is rounded to a multiple of
+    2 ** -16, and the factor is that of the rounded rate.
     """
-    shape = (*chunk.query.shape[:-1], chunk.key.shape[-2])
-    size = chunk.query.shape[:-1].numel() * chunk.key.shape[-2]
-    dropped = min(round(plan.dropout * 2**16), 2**16 - 1)
-    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=noise)
-    kept = draws.view(torch.int16)[:size].view(shape) >= dropped - 2**15
-    return kept.to(chunk.query.dtype).mul_(1 / (1 - dropped / 2**16))
+    count, heads, rows, _ = chunk.query.shape
+    shape = torch.Size((heads, count, rows, chunk.key.shape[-2]))
+    rate = min(round(plan.dropout * 2**16), 2**16 - 1)
+    draws = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=noise)
+    lanes = draws.view(torch.int16)[: shape.numel()].view(shape)
+    keep = torch.ge(lanes, rate - 2**15, out=chunk.query.new_empty(shape))
+    return keep, 1 / (1 - rate / 2**16)
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:

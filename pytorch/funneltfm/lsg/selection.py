@@ -29,7 +29,7 @@ def select_norm(
 ) -> Stream:
     """Of each chunk, the tokens with the longest keys; hidden tokens come last. No gradient through the choice."""
     tokens, chunk = key.shape[2], settings.chunk
-    norms = key.detach().to(_at_least_float(key)).square().sum(-1)  # (B, N, T)
+    norms = torch.linalg.vector_norm(key.detach(), dim=-1, dtype=_at_least_float(key))  # (B, N, T)
     if visible is not None:
         norms = norms.masked_fill(~visible, -1.0)
     kept = norms.unflatten(-1, (-1, chunk)).topk(chunk // settings.sparsity_factor, sorted=False).indices
@@ -125,9 +125,30 @@ SELECTIONS = {
 def _take(key: Tensor, value: Tensor, visible: Tensor | None, rows: Tensor) -> Stream:
     """The tokens `rows` (B, N, T/f) or (N, T/f) of each head."""
     rows = rows.expand(*key.shape[:2], -1)
-    index = rows[..., None].expand(*rows.shape, key.shape[-1])
     seen = None if visible is None else visible.expand(*key.shape[:3]).gather(2, rows)
-    return key.gather(2, index), value.gather(2, index), seen
+    return _TakeRows.apply(key, rows), _TakeRows.apply(value, rows), seen
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows (B, N, R) of x (B, N, T, H), each at most once: copies of whole rows, several times as fast as gather."""
+
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x[_all_of(rows)]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.shape)
+        whole[_all_of(rows)] = grad
+        return whole, None
+
+
+def _all_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads = (torch.arange(size, device=rows.device) for size in rows.shape[:2])
+    return batch[:, None, None], heads[:, None], rows
 
 
 def _at_least_float(x: Tensor) -> torch.dtype:
