@@ -142,6 +142,12 @@ modeling.FunnelTFM(modeling.ModelConfig(d_model=8, d_embed=8, n_head=1, d_head=8
     assert packages_after(use) - packages_after("import torch") == {"funneltfm", "modeling"}
 
 
+def test_sparse_training_needs_torch_and_numpy_alone():
+    bare = packages_after("import torch, numpy, safetensors.torch")
+    code = "import torch, funneltfm.sparse as s; s.attach(torch.nn.Linear(4, 4), s.SparsityConfig(sparsity=0.5))"
+    assert packages_after(code) - bare == {"funneltfm"}
+
+
 def test_help_of_the_command_loads_no_torch():
     code = """
 import contextlib, io
