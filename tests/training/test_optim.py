@@ -11,9 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from funneltfm.errors import InputError
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
-from funneltfm.training.optim import decay_groups, from_apex, make_adamw, make_schedule, warmup_decay
+from funneltfm.training.optim import (
+    decay_groups,
+    from_apex,
+    make_adamw,
+    make_one_cycle,
+    make_schedule,
+    warmup_decay,
+)
 
 TINY = {"vocab_size": 20, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16, "block_size": "1_1"}
 
@@ -192,3 +200,52 @@ def test_without_apex_torch_runs(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.usefixtures("apex")
 def test_apex_is_not_used_unasked() -> None:
     assert isinstance(make_adamw(nn.Linear(2, 2), 1e-3, 0.01), torch.optim.AdamW)
+
+
+# ---- one cycle
+
+
+def one_cycle(total: int = 50, **settings: Any) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=123.0)
+    return optimizer, make_one_cycle(optimizer, total, **{"max_lr": 1e-3} | settings)
+
+
+def cycle(optimizer: torch.optim.Optimizer, schedule: Any, n: int) -> list[tuple[float, float]]:
+    """The learning rate and beta1 of the next n steps."""
+    found = []
+    for _ in range(n):
+        group = optimizer.param_groups[0]
+        found.append((group["lr"], group["betas"][0]))
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("anneal", ["linear", "cos"])
+def test_one_cycle_rises_falls_and_ends_low(anneal: Any) -> None:
+    rates, betas = zip(*cycle(*one_cycle(50, pct_start=0.3, anneal=anneal), 50), strict=True)
+    assert rates[0] == pytest.approx(1e-3 / 25)
+    assert max(range(50), key=lambda i: rates[i]) == 14  # the 15th of 50 steps
+    assert rates[14] == pytest.approx(1e-3)
+    assert rates[49] == pytest.approx(1e-3 / 25 / 1e4)
+    assert (betas[0], betas[14], betas[49]) == (0.95, pytest.approx(0.85), pytest.approx(0.95))
+    # Momentum mirrors the rate: where one is a share of the way up, the other is that share of the way down.
+    for rate, beta in list(zip(rates, betas, strict=True))[:15]:
+        assert (rate - rates[0]) / (rates[14] - rates[0]) == pytest.approx((0.95 - beta) / 0.1, abs=1e-9)
+
+
+def test_one_cycle_goes_on_where_it_was() -> None:
+    whole = cycle(*one_cycle(), 50)
+    optimizer, schedule = one_cycle()
+    first = cycle(optimizer, schedule, 20)
+    states = optimizer.state_dict(), schedule.state_dict()
+    optimizer, schedule = one_cycle()
+    optimizer.load_state_dict(states[0])
+    schedule.load_state_dict(states[1])
+    assert first + cycle(optimizer, schedule, 30) == whole
+
+
+@pytest.mark.parametrize("settings", [{"max_lr": 0.0}, {"pct_start": 0.0}, {"pct_start": 1.0}, {"betas": (0.95, 0.85)}])
+def test_one_cycle_that_is_none(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="one cycle needs max_lr above 0"):
+        one_cycle(**settings)

@@ -3,11 +3,13 @@
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from funneltfm.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -76,3 +78,35 @@ def warmup_decay(
 def make_schedule(optimizer: Optimizer, total: int, warmup_prop: float, lr: float, min_lr: float) -> LambdaLR:
     warmup = round(warmup_prop * total)
     return LambdaLR(optimizer, lambda step: warmup_decay(step, total, warmup, min_lr / lr))
+
+
+def make_one_cycle(
+    optimizer: Optimizer,
+    total: int,
+    max_lr: float,
+    pct_start: float = 0.3,
+    anneal: Literal["linear", "cos"] = "linear",
+    betas: tuple[float, float] = (0.85, 0.95),
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> OneCycleLR:
+    """One cycle over `total` optimizer steps (Smith and Topin, 2018): the rate rises from max_lr / div_factor to max_lr
+    over the first `pct_start` of them, then falls to max_lr / div_factor / final_div_factor at the last. Momentum (of
+    Adam beta1) goes the other way, between the two `betas`.
+    """
+    if not 0 < pct_start < 1 or max_lr <= 0 or not 0 <= betas[0] <= betas[1] < 1:
+        raise InputError(
+            f"one cycle needs max_lr above 0, pct_start between 0 and 1, and betas from low to high, below 1; got "
+            f"{max_lr}, {pct_start} and {betas}."
+        )
+    return OneCycleLR(
+        optimizer,
+        max_lr,
+        total_steps=total,
+        pct_start=pct_start,
+        anneal_strategy=anneal,
+        base_momentum=betas[0],
+        max_momentum=betas[1],
+        div_factor=div_factor,
+        final_div_factor=final_div_factor,
+    )

@@ -104,10 +104,11 @@ class AmpPrecision(Precision):
         """The optimizers update the masters in place of the half weights."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["params"] = [self._master(parameter) for parameter in group["params"]]
+                group["params"] = [self.optimized(parameter) for parameter in group["params"]]
         return model, optimizers, lr_schedulers
 
-    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+    def optimized(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What an optimizer updates in place of a parameter: its master, or the parameter itself."""
         master = self._masters.get(parameter)
         if master is None:
             return parameter
