@@ -1,4 +1,4 @@
-"""The benchmarks run, on sizes that take seconds; what they measure is in the documentation."""
+"""The benchmarks run, on sizes that take seconds, and their committed results are in one format."""
 
 import json
 import os
@@ -27,3 +27,33 @@ def test_lsg(tmp_path: Path) -> None:
     assert all(row["peak_mib"] > row["built_mib"] > 0 for row in results["lengths"])
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert "lsg 128/128" in (tmp_path / "table.md").read_text()
+
+
+def test_sparse_overhead(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    settings = [
+        "--hidden=32",
+        "--layers=1",
+        "--vocab_size=4000",
+        "--batch=1",
+        "--length=8",
+        "--pairs=2",
+        "--sparsity=0.7",
+    ]
+    command = [sys.executable, ROOT / "benchmarks/sparse_overhead.py", *settings, f"--out={tmp_path / 'result.json'}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert json.loads(done.stdout) == result
+    assert result["settings"]["hidden"] == 32
+    assert result["overhead"]["masking_alone_cpu_s"] > 0
+    assert result["sizes"]["model_sparsity"] == pytest.approx(0.7, abs=1e-4)
+    assert result["sizes"]["fp32_times_smaller"] > 2.5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
+def test_results_name_their_settings_and_machine(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {"benchmark", "settings", "machine"} < result.keys()
+    assert (ROOT / "benchmarks" / f"{result['benchmark']}.py").is_file()

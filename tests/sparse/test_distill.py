@@ -238,6 +238,11 @@ def test_what_cannot_be_asked_for(settings: dict[str, Any], message: str) -> Non
         Distilled(Classifier(), **({"teachers": [Classifier()]} | settings))
 
 
+def test_labels_that_name_no_class() -> None:
+    with pytest.raises(InputError, match=r"labels that name a class; got torch\.float32"):
+        Distilled(Classifier(), [Classifier(1)])(ids=IDS, labels=LABELS.float())
+
+
 def test_a_teacher_of_other_classes() -> None:
     distilled = Distilled(Classifier(), [Classifier(), Classifier(1, classes=4)])
     with pytest.raises(InputError, match=r"teacher 1 gives logits of the shape \(4, 4\), the student \(4, 3\)"):

@@ -171,6 +171,15 @@ def test_a_dense_model_is_not_written_as_a_sparse_one(bert: Make, tmp_path: Path
         save_sparse(model, tmp_path, values="fp16")
 
 
+def test_a_folder_without_masks_is_not_loaded_as_a_sparse_model(bert: Make, tmp_path: Path) -> None:
+    model = bert()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no masks"):
+        load_sparse(type(model), tmp_path)
+    with pytest.raises(InputError, match="is no folder"):
+        load_sparse(type(model), "some-one/some-model")
+
+
 def test_masks_of_another_model(bert: Make, tmp_path: Path) -> None:
     model = bert()
     attach(model, WHOLE)

@@ -22,6 +22,7 @@ from funneltfm.sparse.masks import (
     lot,
     reset_moments,
     sparse_weights,
+    zero_off,
 )
 from funneltfm.sparse.patterns import Pattern
 
@@ -283,6 +284,17 @@ def test_a_copy_has_masks_of_its_own() -> None:
     other = copy.deepcopy(model)
     other[0].weight_mask.fill_(True)
     assert model[0].weight_mask.sum() == 26
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zero_is_zero_and_the_rest_keeps_its_bits(dtype: torch.dtype) -> None:
+    values = [-1.5, float("nan"), float("inf"), -float("inf"), -0.0, 3e-7, 65504.0, 1.0]
+    x = torch.tensor([values, values], dtype=dtype).t()  # not contiguous
+    before, mask = x.clone(), torch.tensor([[True] * 8, [False] * 8]).t()
+    zero_off(x, mask)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    assert torch.equal(x[mask].view(integers), before[mask].view(integers))
+    assert not x[~mask].view(integers).any()
 
 
 def test_a_mask_heals_what_is_no_number() -> None:

@@ -7,10 +7,12 @@ The tests of two processes run this file as a program, twice at a time, and look
 import copy
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from torch import Tensor, nn
 
 from funneltfm.errors import InputError
@@ -246,6 +249,21 @@ def test_under_every_optimizer(model: type[nn.Module], optimizer: str, kind: str
     torch.manual_seed(0)
     learner = fit(KINDS[kind](), Probe(), model=model(), n=6, optimizer=optimizer)
     assert densities(learner).sparse.mask_density == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["adamw", "fused"])
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_under_lightning_s_own_precisions(precision: str, optimizer: str, kind: str) -> None:
+    torch.manual_seed(0)
+    plugin: Any = HalfPrecision if precision == "bf16-true" else partial(MixedPrecision, device="cpu")
+    trainer = lightning.Trainer(
+        accelerator="cpu", plugins=plugin(precision), callbacks=[KINDS[kind](), Probe()], max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    learner = Learner(Toy(), optimizer)
+    trainer.fit(learner, Batches(8))
+    assert densities(learner).sparse.on == 96
 
 
 def test_a_checkpoint_in_the_middle_of_a_step_is_sparse(tmp_path: Path) -> None:
@@ -644,6 +662,19 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(
         assert same(state, states[1][number])
 
 
+def test_a_callback_serves_several_runs() -> None:
+    pruning = GradualPruning(HALF, start=2, end=8, every=2)
+    for _ in range(2):
+        probe = Probe()
+        learner = fit(pruning, probe, n=10)
+        assert probe.changed() == [4, 6, 8]
+        assert densities(learner).sparse.on == 96
+    other = Bert()
+    torch.manual_seed(0)
+    learner = fit(pruning, model=other.train())  # of other names and sizes
+    assert densities(learner).sparse.mask_density == pytest.approx(0.5, abs=0.001)
+
+
 def test_a_pending_update_survives(tmp_path: Path) -> None:
     rigl = RigL(HALF)
     rigl._pending = True
@@ -809,6 +840,23 @@ def test_masks_change_under_one_optimizer_alone() -> None:
     )  # fmt: skip
     with pytest.raises(InputError, match="one optimizer holds every sparse weight; this run has 2 optimizers"):
         trainer.fit(Two(), Batches(2))
+
+
+# ---- the page for users
+
+
+def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("transformers")
+    page = (ROOT / "docs/sparse.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec("\n".join(blocks), {"__name__": "page"})
+    whole, loaded, turn = map(float, capsys.readouterr().out.split())
+    assert whole == pytest.approx(0.2, abs=1e-5)
+    assert 0.15 < loaded < 0.2
+    assert 1e-5 <= turn <= 1.0
 
 
 # ---- two processes

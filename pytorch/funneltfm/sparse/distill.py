@@ -107,6 +107,7 @@ class Distilled(nn.Module):
 
     Labels of (B, T) mark what does not count with -100; those positions are left out before the heads, where a model
     has an encoder of its own (`heads_see`). Labels of (B,) count whole.
+    Labels name one class each; regression and several classes at once are refused.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class Distilled(nn.Module):
             return self.student(**inputs)
         if not self.training:
             return self.student(**inputs, labels=labels)
+        if labels.is_floating_point():
+            raise InputError(f"distillation is for labels that name a class; got {labels.dtype}.")
         chosen = labels != IGNORED if labels.dim() > 1 else None
         logits = logits_at(self.student, inputs, chosen)
         labels = labels if chosen is None else labels[chosen]

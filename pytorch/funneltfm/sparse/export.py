@@ -74,19 +74,27 @@ def load_sparse(auto: Any, folder: str | os.PathLike[str], **kwargs: Any) -> Any
     from_pretrained. What the folder lacks (a new head) is fresh and dense.
     """
     folder = Path(folder)
-    if not (folder / COMPACT).is_file():
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; a sparse model is loaded from a folder on this machine.")
+    if (folder / COMPACT).is_file():
+        model = _load_expanded(auto, folder, **kwargs)
+    else:
         model = auto.from_pretrained(folder, **kwargs)
-        restore_masks(model, folder)
-        return model
+    if not restore_masks(model, folder):
+        raise InputError(f"{folder} holds no masks: the model is dense. Load it with from_pretrained.")
+    return model
+
+
+def _load_expanded(auto: Any, folder: Path, **kwargs: Any) -> Any:
+    """The model of a compact folder, by the rules of a dense one, which it is for a moment."""
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory() as expanded:  # as a dense folder, so that it is loaded by the same rules
+    with tempfile.TemporaryDirectory() as expanded:
         shutil.copy(folder / "config.json", expanded)
         state = {name: value.clone() for name, value in read_compact(folder / COMPACT)[0].items()}
         save_file(state, Path(expanded, "model.safetensors"), metadata={"format": "pt"})
         model = auto.from_pretrained(expanded, **kwargs)
     model.config.name_or_path = model.name_or_path = str(folder)
-    restore_masks(model, folder)
     return model
 
 

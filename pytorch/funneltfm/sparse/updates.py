@@ -31,7 +31,8 @@ def drop_and_grow(on: Tensor, keep: Tensor, grow: Tensor, n: int) -> tuple[Tenso
     that do not survive: one that was just dropped may come back.
 
     on: (G, U) bool; keep, grow: (G, U). Where there are several groups, each grows as many as it lost, so that it
-    keeps its number. Returns the new (G, U), and the survivors (G, U).
+    keeps its number (Lasby et al., Dynamic Sparse Training with Structured Sparsity, 2024). Returns the new (G, U), and
+    the survivors (G, U).
     """
     G, U = on.shape
     dropped = largest(-keep.reshape(1, -1), on.reshape(1, -1), n).view(G, U)

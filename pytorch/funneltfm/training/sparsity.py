@@ -86,6 +86,7 @@ class StaticSparsity(Callback):
         return config
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        self.forget()
         team = self._team(trainer)
         configs = [callback.config for callback in team if callback.config is not None]
         if any(config != configs[0] for config in configs):
@@ -173,6 +174,9 @@ class StaticSparsity(Callback):
 
     # ---- what a callback that changes masks adds
 
+    def forget(self) -> None:
+        """A callback may serve several runs: begin anew. What a checkpoint holds comes after this."""
+
     def begin_fit(self, trainer: lightning.Trainer, module: lightning.LightningModule, held: Sequence[Held]) -> None:
         """The weights are known, and the number of steps."""
 
@@ -252,7 +256,7 @@ class RigL(StaticSparsity):
 
     It uses the gradient of the step itself: accumulated, reduced and unscaled. A step whose gradients are not finite
     (a loss scale that was too large) changes no masks; the update is made at the next one. A matrix without a gradient
-    keeps its mask.
+    keeps its mask. The pattern that updates keep is config's; without one, weights move freely.
     """
 
     needs_masks = True
@@ -317,6 +321,9 @@ class RigL(StaticSparsity):
             raise InputError(f"scope='global' moves weights between matrices, which {self.pattern().name} forbids.")
         for weight, _ in held:
             check_groups(weight, self.pattern())
+
+    def forget(self) -> None:
+        self._pending = False
 
     def fraction(self, step: int) -> float:
         """Share of the on weights that an update at `step` drops."""
@@ -437,6 +444,9 @@ class GradualPruning(StaticSparsity):
                     f"pruning cannot reach its target: {name or 'the model'} has {on[name]} units on in a group, and "
                     f"{count} are to stay. Raise the sparsity, or begin with a denser model."
                 )
+
+    def forget(self) -> None:
+        self._from = {}
 
     def share(self, step: int) -> float:
         """How far the way to the final sparsity is at `step`."""
