@@ -799,6 +799,7 @@ def test_distillation_learns_how_far_training_is() -> None:
         (lambda: GradualPruning(HALF, moments="mean"), "moments must be one of zero, keep"),  # type: ignore[arg-type]
         (lambda: DensityLogger(0), "every must be at least 1"),
         (lambda: fit(GradualPruning(HALF, start=0.5, end=0.5)), "end must come after start"),
+        (lambda: fit(RigL(HALF), EMAWeightAveraging()), "EMAWeightAveraging averages models whose masks differ"),
         (lambda: fit(StaticSparsity(HALF), RigL(SparsityConfig(sparsity=0.6))), "share one SparsityConfig"),
         (
             lambda: fit(RigL(SparsityConfig(sparsity=0.5, pattern="constant_fan_in"), scope="global")),

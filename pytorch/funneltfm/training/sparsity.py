@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import lightning
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -99,6 +100,12 @@ class StaticSparsity(Callback):
             raise InputError(
                 f"masks need whole weights in every process: sparse training runs on one device or with DDP, not with "
                 f"{type(trainer.strategy).__name__}."
+            )
+        averaging = [one for one in trainer.callbacks if isinstance(one, StochasticWeightAveraging | WeightAveraging)]  # type: ignore[attr-defined]
+        if averaging and any(callback.needs_masks for callback in team):
+            raise InputError(
+                f"{type(averaging[0]).__name__} averages models whose masks differ: that is not sparse. Train "
+                f"without it, or with masks that stay (StaticSparsity)."
             )
         if sparse_weights(module):
             if self.config is not None:
@@ -335,8 +342,9 @@ class RigL(StaticSparsity):
         if not (due or self._pending):
             return False
         moving = [one for one in held if one.tensor.grad is not None]
-        self._pending = not all(bool(one.tensor.grad.isfinite().all()) for one in moving)  # type: ignore[union-attr]
-        if self._pending or not moving:
+        finite = all(bool(one.tensor.grad.isfinite().all()) for one in moving)  # type: ignore[union-attr]
+        self._pending = not (moving and finite)
+        if self._pending:
             return False
         pattern = self.pattern()
         on = [weight.units_on(pattern) for weight, _ in moving]
