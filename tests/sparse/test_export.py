@@ -171,6 +171,16 @@ def test_a_dense_model_is_not_written_as_a_sparse_one(bert: Make, tmp_path: Path
         save_sparse(model, tmp_path, values="fp16")
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_folder_holds_one_form(compact: bool, bert: Make, tmp_path: Path) -> None:
+    model = bert()
+    attach(model, WHOLE)
+    for _ in range(2):
+        save_sparse(model, tmp_path, compact=compact)
+    with pytest.raises(InputError, match="holds a model in the other form"):
+        save_sparse(model, tmp_path, compact=not compact)
+
+
 def test_a_folder_without_masks_is_not_loaded_as_a_sparse_model(bert: Make, tmp_path: Path) -> None:
     model = bert()
     model.save_pretrained(tmp_path)

@@ -199,6 +199,12 @@ def test_what_grew_is_on_and_zero() -> None:
     assert found.sparse.mask_density == 0.5 > found.sparse.nonzero_density
 
 
+def test_a_dense_model_is_dense() -> None:
+    found = densities(mlp())
+    assert found.weights == {}
+    assert found.sparse.mask_density == found.sparse.nonzero_density == found.model.mask_density == 1.0
+
+
 # ---- tied weights, names, seeds
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -22,6 +23,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from funneltfm.errors import InputError
@@ -811,6 +813,13 @@ def test_distillation_learns_how_far_training_is() -> None:
 def test_what_cannot_be_asked_for(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_strategies_that_cut_weights_up_are_refused() -> None:
+    callback = StaticSparsity(HALF)
+    trainer = SimpleNamespace(callbacks=[callback], strategy=FSDPStrategy())
+    with pytest.raises(InputError, match="runs on one device or with DDP, not with FSDPStrategy"):
+        callback.setup(trainer, Learner(Toy()), "fit")  # type: ignore[arg-type]
 
 
 def test_masks_of_another_pattern_are_refused() -> None:

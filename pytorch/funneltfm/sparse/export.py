@@ -43,6 +43,8 @@ def save_sparse(
     folder = Path(folder)
     apply_masks(sparse_weights(model))
     note = _note(model, config)
+    if old := [path.name for path in folder.glob("*.safetensors") if (path.name == COMPACT) != compact]:
+        raise InputError(f"{folder} holds a model in the other form ({old[0]}): choose another folder, or empty it.")
     if compact:
         folder.mkdir(parents=True, exist_ok=True)
         model.config.architectures = [type(model).__name__]

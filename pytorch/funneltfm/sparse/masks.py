@@ -315,11 +315,11 @@ class Density(NamedTuple):
 
     @property
     def mask_density(self) -> float:
-        return self.on / self.size
+        return self.on / self.size if self.size else 1.0
 
     @property
     def nonzero_density(self) -> float:
-        return self.nonzero / self.size
+        return self.nonzero / self.size if self.size else 1.0
 
 
 class Densities(NamedTuple):

@@ -1,4 +1,5 @@
-"""Sparse training as Lightning callbacks, for any LightningModule: masks that hold, RigL, gradual pruning, densities.
+"""Sparse training as Lightning callbacks, for any LightningModule: masks that hold, RigL, gradual pruning, densities
+(together, hence over 400 lines: they share who holds a weight and who acts first).
 
 They count optimizer steps, so accumulation changes nothing; they work on gradients that are accumulated, reduced over
 the processes and unscaled, before these are clipped. The masks are in the module's state dict, hence in checkpoints.
