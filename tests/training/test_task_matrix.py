@@ -1,5 +1,5 @@
-"""Every task with every architecture: a training step, an evaluation, a prediction, saving and loading; offline, on tiny
-random models. Run as a program it prints the table.
+"""Every task with every architecture: a training step, an evaluation, a prediction, saving and loading; offline, on
+tiny random models. Run as a program it prints the table.
 """
 
 import json
@@ -34,7 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "block_size": "1_1", "d_model": 16, "d_embed": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "decoder_size": 1,
     },
 }  # fmt: skip
-WORDS = "the cat sat on a mat and saw one bird who had seen two dogs run home . ? yes no".split()
+SENTENCES = ["the cat sat on a mat .", "one bird saw two dogs run home", "who had seen and ? yes no"]
+WORDS = list(dict.fromkeys(" ".join(SENTENCES).split()))
 PAIR = [
     {"q": "who saw one bird ?", "a": "the cat saw one bird .", "label": 1},
     {"q": "who saw one bird ?", "a": "two dogs run home .", "label": 0},
@@ -47,9 +48,9 @@ TAGS = [
     {"words": ["one", "bird", "run"], "labels": ["B-X", "I-X", "O"], "label": "no"},
 ] * 2
 SPANS = [
-    {"id": "1", "question": "who sat ?", "context": "the cat sat on a mat .", "answers": {"text": ["the cat"], "answer_start": [0]}},
-    {"id": "2", "question": "who run ?", "context": "one bird saw two dogs run home", "answers": {"text": ["two dogs"], "answer_start": [13]}},
-] * 2  # fmt: skip
+    {"id": str(i), "question": question, "context": SENTENCES[i], "answers": {"text": [text], "answer_start": [start]}}
+    for i, question, text, start in ((0, "who sat ?", "the cat", 0), (1, "who run ?", "two dogs", 13))
+]
 CHOICES = [
     {"article": "the cat sat on a mat .", "question": "who sat ?", "options": ["cat", "bird", "two dogs"], "answer": 0},
     {"article": "two dogs run home .", "question": "who run ?", "options": ["cat", "bird", "two dogs"], "answer": "C"},
@@ -59,7 +60,7 @@ RANK = {"input_columns": ("q", "a")}
 TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "seq_class": (TEXT, {}),
     "token_class": (TAGS, {}),
-    "question_answering": (SPANS, {"doc_stride": 2, "max_query_length": 4}),
+    "question_answering": (SPANS * 2, {"doc_stride": 2, "max_query_length": 4}),
     "multiple_choice": (CHOICES, {}),
     "answer_selection": (PAIR, RANK),
     "retrieval": (PAIR, RANK),
@@ -111,7 +112,7 @@ def go_round(task: str, model: str, folder: Path) -> None:
     assert results["steps"] == 1
     assert results["valid"]
     out = Outputs(folder / "out", "run")
-    (written,) = [path for path in out.predictions.iterdir()]
+    (written,) = out.predictions.iterdir()
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     if task == "masked_lm":
         return  # what it finds depends on the masks
