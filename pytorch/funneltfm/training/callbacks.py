@@ -332,8 +332,9 @@ class Progress(Callback):
     def _show(self, trainer: lightning.Trainer) -> None:
         for row in self.history.rows[self._shown :]:
             if "train/loss" not in row:
+                shown = {name: value for name, value in row.items() if "_class_" not in name.rpartition("/")[2]}
                 scores = "  ".join(
-                    f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch")
+                    f"{name} {value:.4f}" for name, value in shown.items() if name not in ("step", "epoch")
                 )
                 best = " (best so far)" if row is self.history.best else ""
                 self._say(f"step {row['step']}  epoch {row['epoch']:.2f}  {scores}{best}")
