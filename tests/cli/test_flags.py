@@ -318,3 +318,18 @@ def test_values_given_from_python():
     for bad in ({"columns": "a"}, {"columns": ()}, {"betas": [1, "x"]}, {"every": "2"}, {"columns": None}, {"x": 1}):
         with pytest.raises(InputError):
             typed_args([("Lists", Lists, ())], "test", bad)
+
+
+def test_none_where_it_is_not_the_default() -> None:
+    @dataclass(frozen=True)
+    class Keep:
+        """A few"""
+
+        limit: int | None = 2
+        """How many; none is all."""
+
+    one = FlagParser([("A few", Keep, ())], prog="funneltfm try", description="Try.")
+    assert one.parse(["--limit", "none"]) == ({"limit": None}, frozenset({"limit"}))
+    assert one.parse(["--limit", "3"])[0] == {"limit": 3}
+    with pytest.raises(BadFlag, match="expected a whole number"):
+        one.parse(["--limit", "all"])

@@ -14,7 +14,7 @@ from funneltfm.cli.flags import FlagParser
 from funneltfm.data.text import NO_WORD, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.ranking import ranking_scores
-from funneltfm.tasks.answer_selection import RANKING
+from funneltfm.tasks.answer_selection import RANKING, AnswerSelection
 from funneltfm.tasks.base import Collate, Prepare, encode_rows, make_tasks
 from funneltfm.tasks.heads import Heads
 from funneltfm.training.train import train
@@ -249,7 +249,7 @@ def test_a_query_without_an_answer_is_an_error_on_demand(tokenizers):
     task = task_of(metrics_empty_target_action="error")
     features, _ = features_of(task, rows, tokenizers["bert_like"])
     records = [{"logits": np.zeros(2, np.float32)}] * 4
-    with pytest.raises(InputError, match=r"row 3: its query has no right candidate.*skip, neg or pos"):
+    with pytest.raises(InputError, match=r"line 3: its query has no right candidate.*skip, neg or pos"):
         task.score(records, features, rows)
     for action, expected in (("skip", 0.75), ("neg", 0.375), ("pos", 0.875)):
         task = task_of(metrics_empty_target_action=action)
@@ -293,7 +293,7 @@ def test_flags_that_do_not_fit():
         ({"classification_head_type": "AE_k"}, "give -k"),
         ({"k": 2, "selection": "best"}, "--selection needs --scores_column"),
         ({"k": 2, "scores_column": "s"}, "--scores_column needs --selection"),
-        ({"label_weights": (1.0, 2.0, 3.0)}, "has 2 classes; got 3"),
+        ({"label_weights": (1.0, 2.0, 3.0)}, "has 3 weights, but there are 2 classes: wrong, right"),
         ({"input_columns": None}, "--input_columns Q A"),
         ({"k": 0}, "k must be at least 1"),
         ({"num_labels": 2}, "--num_labels is read by"),
@@ -415,12 +415,12 @@ def test_bad_flags_of_a_run(tokenizers, tmp_path):
     rows = rows_of([2, 2], right=(0,))
     for flags, message in (
         ({"k": 2, "separated": True, "max_sequence_length": 100}, "100 for each of 3 texts, but the model takes 200"),
-        ({"extended_token_type_ids": (0, 5)}, "has the type 5, but the model has 2"),
+        ({"extended_token_type_ids": (0, 5)}, "0 5, but the model knows 2 token types"),
         (
             {"extended_token_type_ids": (0, 1), "model": "distilbert", "additional_config_kwargs": ("n_layers=1",)},
-            "has no token types",
+            "the model knows 0 token types",
         ),
-        ({"metrics_empty_target_action": "error"}, "row 3: its query has no right candidate"),
+        ({"metrics_empty_target_action": "error"}, "line 3: its query has no right candidate"),
     ):
         with pytest.raises(InputError, match=message):
             run(tmp_path, tokenizers["bert_like"], rows, **flags)
@@ -470,3 +470,22 @@ def test_flags_of_the_command_line():
     assert given == {"k", "selection", "scores_column", "extended_token_type_ids"}
     with pytest.raises(InputError, match=r"selection.*all"):
         parser.parse(["--selection", "all"])
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 2.0)])
+def test_parts_of_a_step_weigh_what_they_have(weights):
+    """The loss of a whole is the mean of its parts' by their sizes, also with missing candidates."""
+    flags = {"k": 3, "pad_to_k": True, "input_columns": ("q", "a"), "label_weights": weights}
+    task = AnswerSelection(make_train_args(pipeline="answer_selection", **flags))
+    logits, labels = torch.randn(4, 3, 2), torch.tensor([[1, 0, 0], [0, 1, -100], [1, -100, -100], [0, 0, 1]])
+
+    def part(rows):
+        batch = {"answer_selection_labels": labels[rows]}
+        return task.loss(logits[rows], batch), task.size(batch)
+
+    (whole, size), (one, of_one), (other, of_other) = part(slice(4)), part(slice(1)), part(slice(1, 4))
+    assert whole.item() == pytest.approx(((one * of_one + other * of_other) / size).item(), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(
+        logits.view(-1, 2), labels.view(-1), weight=weights and torch.tensor(weights), ignore_index=-100
+    )
+    assert whole.item() == pytest.approx(expected.item(), rel=1e-6)

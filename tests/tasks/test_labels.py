@@ -123,10 +123,10 @@ def test_names_that_the_source_knows() -> None:
 def test_missing_labels() -> None:
     rows = [{"label": ""}, {}, {"label": None}, {"label": 0}, {"label": "x"}]
     assert list(labels_of(rows, "label")) == [None, None, None, 0, "x"]
-    assert all_or_none([0, "x"], "label", "train")
-    assert not all_or_none([None, None], "label", "test")
+    assert all_or_none([0, "x"], [{}] * 5, "label", "train")
+    assert not all_or_none([None, None], [{}] * 5, "label", "test")
     with pytest.raises(InputError, match="train, row 2: no label, but other rows have one"):
-        all_or_none([0, None], "label", "train")
+        all_or_none([0, None], [{}] * 5, "label", "train")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -26,7 +26,8 @@ class FlagParser(argparse.ArgumentParser):
 
     groups: (title, dataclass, names to leave out). A field's attribute docstring is its help, its default the flag's.
     bool fields take `--name`, `--name=true|false` or `--no_name`; tuple[T, ...] fields take several values, and lists
-    in files; a field's metadata may name a second way to write it, {"alias": "-k"}. With config_file, `--config
+    in files; a field's metadata may name a second way to write it, {"alias": "-k"}; where None is allowed and not the
+    default, it is written `none`. With config_file, `--config
     file.yaml` gives flags too; those on the command line win.
     """
 
@@ -70,6 +71,8 @@ class FlagParser(argparse.ArgumentParser):
             group.add_argument(*names, choices=words, **common)
         else:
             read, metavar = _reader(kinds or [field.type])
+            if field.default is not None and len(kinds) < len(get_args(field.type)):
+                read, metavar = _or_none(read), f"{metavar}|none"
             group.add_argument(*names, type=read, metavar=metavar, **common)
 
     @property
@@ -198,6 +201,10 @@ def _reader(kinds: Sequence[Any]) -> tuple[Callable[[str], Any], str]:
     if int in kinds and float in kinds:
         return _whole_or_number, "N|X"
     return {int: (_whole_number, "N"), float: (_number, "X")}.get(kinds[0], (kinds[0], "TEXT"))
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else read(text)
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

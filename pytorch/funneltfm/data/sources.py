@@ -71,6 +71,11 @@ class Rows(Sequence[Row]):
         return _Selected(self, indices)
 
 
+def place(rows: Sequence[Row], i: int, where: str) -> str:
+    """Where row i stands, for messages; `where`: what rows that do not know it themselves are called."""
+    return rows.where(i) if isinstance(rows, Rows) else f"{where}, row {i + 1}"
+
+
 class _Selected(Rows):
     """Some rows of others, in any order."""
 

@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.special import softmax
 from torch import Tensor, nn
 
 from funneltfm import metrics
 from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.sources import place
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import IGNORED, Record, Row, Task
+from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
 from funneltfm.tasks.joint import NO_ROW, Candidates, JointModel, encoder_of, first_states
+from funneltfm.tasks.labels import Labels, cross_entropy, mean
 from funneltfm.tasks.queries import check_answerable, mark_answerable, query_numbers, ranked, right_labels
 
 RANKING = ("mean_average_precision", "mean_reciprocal_rank", "precision_at_1", "hit_rate_at_5", "ndcg")
@@ -56,8 +57,9 @@ class AnswerSelection(Task):
         self.label_column = args.label_column or "label"
         if not args.input_columns:
             raise InputError("answer_selection: name the columns of the query and the candidate: --input_columns Q A.")
-        if args.label_weights is not None and len(args.label_weights) != 2:
-            raise InputError(f"--label_weights: answer_selection has 2 classes; got {len(args.label_weights)} weights.")
+        self.labels = Labels()
+        self.labels.load(["wrong", "right"])
+        self.labels.check_weights(args.label_weights)
         self.one_label = args.k is not None and args.classification_head_type in ("IE_1", "AE_1")
         self._training_rows: Iterable[Row] | None = None
         self._candidates: Candidates | None = None  # of the training data, to draw from
@@ -68,8 +70,8 @@ class AnswerSelection(Task):
         self._training_rows = rows
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        texts = [texts_of(row, self.args.input_columns, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
-        self._check_texts(texts, where)
+        texts = [texts_of(row, self.args.input_columns, place(rows, i, where)) for i, row in enumerate(rows)]
+        self._check_texts(rows, texts, where)
         labels = right_labels(rows, self.label_column, where)
         queries = query_numbers(rows, [row[0] for row in texts], self.args.index_column, where)
         if self.args.k is None:
@@ -89,12 +91,12 @@ class AnswerSelection(Task):
             mark_answerable(examples, [example["query"] for example in examples], right)
         return examples
 
-    def _check_texts(self, texts: Sequence[list[Any]], where: str) -> None:
+    def _check_texts(self, rows: Sequence[Row], texts: Sequence[list[Any]], where: str) -> None:
         for i, row in enumerate(texts):
             if len(row) < 2 or (self.args.k is not None and len(row) > 2):
                 many = "two texts with -k, the query and the candidate (a:b joins a context to it)"
                 raise InputError(
-                    f"{where}, row {i + 1}: answer_selection takes {many if self.args.k else 'two texts or more'}; "
+                    f"{place(rows, i, where)}: answer_selection takes {many if self.args.k else 'two texts or more'}; "
                     f"--input_columns {' '.join(self.args.input_columns)} gives {len(row)}."
                 )
 
@@ -116,7 +118,7 @@ class AnswerSelection(Task):
                 of_query = members[query] = self._selected(rows, of_query, where)
             if len(of_query) % k and not self.args.pad_to_k:
                 raise InputError(
-                    f"{where}, row {first + 1}: its query has {len(of_query)} candidates, which do not make rows of "
+                    f"{place(rows, first, where)}: its query has {len(of_query)} candidates, which do not make rows of "
                     f"-k {k}. Give --pad_to_k to fill the last row up with empty ones, or another -k."
                 )
         return members
@@ -131,7 +133,9 @@ class AnswerSelection(Task):
             except (TypeError, ValueError):
                 scores.append(float("nan"))
             if np.isnan(scores[-1]):
-                raise InputError(f"{where}, row {row + 1}: {self.args.scores_column} must be a number; got {value!r}.")
+                raise InputError(
+                    f"{place(rows, row, where)}: {self.args.scores_column} must be a number; got {value!r}."
+                )
         keys = np.array(scores) if self.args.selection == "worst" else -np.array(scores)
         return np.sort(of_query[np.argsort(keys, kind="stable")[: self.args.k]])
 
@@ -153,13 +157,7 @@ class AnswerSelection(Task):
     # ---- model
 
     def model_config(self) -> dict[str, Any]:
-        names = ("wrong", "right")
-        config: dict[str, Any] = {
-            "num_labels": 2,
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
+        config = self.labels.model_config() | {"problem_type": "single_label_classification"}
         if self.args.k is not None:
             config |= {"classification_head_type": self.args.classification_head_type, "joint_k": self.args.k}
         return config
@@ -179,16 +177,17 @@ class AnswerSelection(Task):
         return head(first_states(hidden.last_hidden_state, batch["segment_starts"], self.args.k), real)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        weight = None
-        if self.args.label_weights is not None:
-            weight = torch.tensor(self.args.label_weights, device=logits.device)
-        return F.cross_entropy(
-            logits.float().flatten(0, -2),
-            batch["answer_selection_labels"].flatten(),
-            weight=weight,
-            ignore_index=IGNORED,
-            label_smoothing=self.args.label_smoothing,
-        )
+        """The mean over candidates, without those that are missing."""
+        labels = batch["answer_selection_labels"].flatten()
+        known = labels != IGNORED
+        weight = self.labels.weights(self.args.label_weights, logits.device)
+        return mean(*cross_entropy(logits.flatten(0, -2)[known], labels[known], weight, self.args.label_smoothing))
+
+    def size(self, batch: Batch) -> float | None:
+        labels = batch.get("answer_selection_labels")
+        if labels is None or (self.args.label_weights is None and not self.args.pad_to_k):
+            return None
+        return self.labels.size(labels[labels != IGNORED], self.args.label_weights)
 
     # ---- scores
 
@@ -234,8 +233,8 @@ class AnswerSelection(Task):
         return {"loss": loss} | decisions | ranked(RANKING, scored.scores, scored.right, scored.queries, action)
 
     def predict(self, records: list[Record], features: Features, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        """A line for every candidate that was scored, in the order of the data: its row (from 1), its query (the value
-        of the index column, else a number), its score, and the decision.
+        """A line for every candidate that was scored, in the order of the data: its id, its row (from 1), its query
+        (the value of the index column, else a number), its score, and the decision.
         """
         scored = self._scored(records, features)
         for i in np.argsort(scored.rows, kind="stable"):
@@ -243,7 +242,8 @@ class AnswerSelection(Task):
             column = self.args.index_column
             query = int(scored.queries[i]) if column is None else rows[row][column]
             score = float(scored.scores[i])
-            result = {"row": row + 1, "query": query, "prediction": int(score > 0.5), "score": score}
+            result = own_id(rows[row]) | {"row": row + 1, "query": query}
+            result |= {"prediction": int(score > 0.5), "score": score}
             if scored.right is not None:
                 result["label"] = int(scored.right[i])
             yield result

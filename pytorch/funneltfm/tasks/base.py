@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features, pad
+from funneltfm.data.sources import place
 from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASKS, task_names
@@ -39,8 +40,6 @@ class Task:
     """Must. The Auto class of `transformers` whose head it trains."""
     main_metric: ClassVar[str]
     """Must. What selects the best checkpoint, a key of `score`."""
-    lower_is_better: ClassVar[bool] = False
-    """Of the main metric."""
     words: ClassVar[bool] = False
     """The texts are lists of words; tasks that are mixed with it read the same."""
     corrupts: ClassVar[bool] = False
@@ -57,7 +56,7 @@ class Task:
         if self.args.input_columns is not None and self.args.input_column is not None:
             raise InputError("--input_columns and --input_column name the same thing; give one of them.")
         columns = self.args.input_columns or (self.args.input_column or "text",)
-        return [texts_of(row, columns, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
+        return [texts_of(row, columns, place(rows, i, where)) for i, row in enumerate(rows)]
 
     def learn(self, rows: Iterable[Row]) -> None:
         """Take from the training rows what the task has to know beforehand (the names of the labels)."""

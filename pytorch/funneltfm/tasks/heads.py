@@ -72,8 +72,10 @@ class Heads(nn.Module):
     def _run(self, **inputs: Tensor) -> Any:
         return self.backbone(**inputs)
 
-    def compile_backbone(self) -> None:
-        """From now on the encoder runs compiled, the heads as before."""
+    def compile_backbone(self, fallback: bool = False) -> None:
+        """From now on the encoder runs compiled, the heads as before. fallback: uncompiled where that fails."""
+        if fallback:
+            torch._dynamo.config.suppress_errors = True
         self._encode = torch.compile(self._run, dynamic=True)
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:

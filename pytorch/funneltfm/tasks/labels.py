@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funneltfm.data.sources import place
 from funneltfm.errors import InputError, brief
 
 _MANY = 10_000  # more different labels than this are no classes
@@ -37,12 +38,12 @@ def class_names(rows: Iterable[dict[str, Any]], column: str) -> list[str] | None
     return getattr(rows, "class_names", lambda column: None)(column)
 
 
-def all_or_none(labels: Sequence[Any], column: str, where: str) -> bool:
+def all_or_none(labels: Sequence[Any], rows: Sequence[dict[str, Any]], column: str, where: str) -> bool:
     """Whether the rows have labels; an InputError where some have and some have not."""
     missing = [i for i, label in enumerate(labels) if label is None]
     if missing and len(missing) < len(labels):
         raise InputError(
-            f"{where}, row {missing[0] + 1}: no {column}, but other rows have one. Label all rows, or none."
+            f"{place(rows, missing[0], where)}: no {column}, but other rows have one. Label all rows, or none."
         )
     return not missing
 

@@ -22,7 +22,6 @@ class MaskedLM(Task):
     name = "masked_lm"
     auto = "AutoModelForMaskedLM"
     main_metric = "perplexity"
-    lower_is_better = True
     corrupts = True
 
     def __init__(self, args: Any):

@@ -10,6 +10,7 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
 from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.sources import place
 from funneltfm.data.text import NO_WORD, Pieces, TextEncoder
 from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import Record, Row, Task
@@ -53,12 +54,14 @@ class MultipleChoice(Task):
         asked = [
             (row, number, choice)
             for row in range(len(rows))
-            for number, choice in enumerate(self._choices(rows[row], row, where))
+            for number, choice in enumerate(self._choices(rows[row], row, place(rows, row, where)))
         ]
         known = [choice.answer is not None for _, _, choice in asked]
         if any(known) and not all(known):
             row, _, choice = asked[known.index(False)]
-            raise InputError(f"{where}, row {row + 1}, question {choice.id}: no answer, but other questions have one.")
+            raise InputError(
+                f"{place(rows, row, where)}, question {choice.id}: no answer, but other questions have one."
+            )
         articles = dict.fromkeys(choice.article for _, _, choice in asked if choice.article is not None)
         article_pieces = dict(zip(articles, text.pieces(list(articles)), strict=True))
         pieces = text.pieces([side for _, _, choice in asked for side in self._sides(choice)])
@@ -83,9 +86,9 @@ class MultipleChoice(Task):
             else:
                 yield f"{choice.question} {option}"
 
-    def _choices(self, row: Row, number: int, where: str) -> list[Choice]:
+    def _choices(self, row: Row, number: int, at: str) -> list[Choice]:
         """The questions of a row: of one of RACE's (questions, options and answers: lists), or one."""
-        args, at = self.args, f"{where}, row {number + 1}"
+        args = self.args
         article = row.get(args.article_column) if args.article_column is not None else None
         if args.article_column is not None and not isinstance(article, str):
             raise InputError(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from funneltfm.data.features import Example, Features
+from funneltfm.data.sources import place
 from funneltfm.errors import InputError, brief
 from funneltfm.ranking import ranking_scores
 from funneltfm.tasks.base import Row
@@ -25,10 +26,10 @@ def right_label(row: Row, column: str, where: str) -> int | None:
 
 def right_labels(rows: Sequence[Row], column: str, where: str) -> np.ndarray | None:
     """(N,) int64 of 0 and 1; None where no row has a label."""
-    labels = [right_label(row, column, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
+    labels = [right_label(row, column, place(rows, i, where)) for i, row in enumerate(rows)]
     known = [label for label in labels if label is not None]
     if known and len(known) < len(labels):
-        raise InputError(f"{where}, row {labels.index(None) + 1}: no {column}, but other rows have one.")
+        raise InputError(f"{place(rows, labels.index(None), where)}: no {column}, but other rows have one.")
     return np.array(known) if known else None
 
 
@@ -42,7 +43,7 @@ def query_numbers(rows: Sequence[Row], first_texts: Sequence[Any], column: str |
         key = text if column is None else row.get(column)
         if key is None or isinstance(key, list | dict):
             raise InputError(
-                f"{where}, row {i + 1}: {column} must name the query of the row, by a text or a number; got "
+                f"{place(rows, i, where)}: {column} must name the query of the row, by a text or a number; got "
                 f"{brief(repr(key))}. Name its column with --index_column, or leave the flag out: then rows with equal "
                 f"queries belong together."
             )
@@ -63,7 +64,7 @@ def check_answerable(features: Features, rows: Sequence[Row], action: str) -> No
     if action == "error" and not answerable.all():
         row = int(features.plain["row"][int(np.argmin(answerable))])
         raise InputError(
-            f"{getattr(rows, 'name', 'the data')}, row {row + 1}: its query has no right candidate. Give "
+            f"{place(rows, row, 'the data')}: its query has no right candidate. Give "
             f"--metrics_empty_target_action skip, neg or pos, or take such queries out."
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from funneltfm import squad
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.questions import Question, QuestionColumns, entries_of, question_of
+from funneltfm.data.sources import place
 from funneltfm.data.text import Layout, Pieces, TextEncoder
 from funneltfm.data.windows import most_context, split_windows, token_spans
 from funneltfm.errors import InputError, brief
@@ -78,7 +79,8 @@ class QuestionAnswering(Task):
         if any(known) and not all(known):
             missing = asked[known.index(False)]
             raise InputError(
-                f"{where}, row {missing[0] + 1}, question {missing[2].id}: no answers, but other questions have some."
+                f"{place(rows, missing[0], where)}, question {missing[2].id}: no answers, but other questions have "
+                f"some."
             )
         contexts = dict.fromkeys(question.context for _, _, question in asked)  # in order
         read = zip(contexts, text.pieces(list(contexts)), strict=True)
@@ -86,7 +88,7 @@ class QuestionAnswering(Task):
         queries = text.pieces([question.text for _, _, question in asked])
         examples: list[Example] = []
         for (row, number, question), query in zip(asked, queries, strict=True):
-            at = f"{where}, row {row + 1}, question {question.id}"
+            at = f"{place(rows, row, where)}, question {question.id}"
             windows = self._windows(question, query, *pieces[question.context], text, at, bad)
             examples += [window | {"row": row, "question": number} for window in windows]
         bad.tell()
@@ -96,7 +98,7 @@ class QuestionAnswering(Task):
         """All questions, each with its row's index and its number in the row."""
         asked = []
         for row in range(len(rows)):
-            at = f"{where}, row {row + 1}"
+            at = place(rows, row, where)
             try:
                 entries = entries_of(rows[row], self.columns, at)
             except InputError as error:

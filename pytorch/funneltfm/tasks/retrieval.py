@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from funneltfm import metrics
 from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.sources import place
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.ranking import best_threshold
-from funneltfm.tasks.base import Record, Row, Task
+from funneltfm.tasks.base import Record, Row, Task, own_id
 from funneltfm.tasks.joint import encoder_of
 from funneltfm.tasks.queries import check_answerable, mark_answerable, query_numbers, ranked, right_labels
 
@@ -141,10 +142,10 @@ class Retrieval(Task):
     # ---- data
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        texts = [texts_of(row, self.args.input_columns, f"{where}, row {i + 1}") for i, row in enumerate(rows)]
+        texts = [texts_of(row, self.args.input_columns, place(rows, i, where)) for i, row in enumerate(rows)]
         for i, pair in enumerate(texts):
             if len(pair) != 2:
-                raise InputError(f"{where}, row {i + 1}: retrieval compares two texts; got {len(pair)}.")
+                raise InputError(f"{place(rows, i, where)}: retrieval compares two texts; got {len(pair)}.")
         labels = right_labels(rows, self.label_column, where)
         queries = query_numbers(rows, [a for a, _ in texts], self.args.index_column, where)
         encoded = text.encode([[one] for pair in texts for one in pair])
@@ -247,7 +248,7 @@ class Retrieval(Task):
         for i, record in enumerate(records):
             row, column = int(features.plain["row"][i]), self.args.index_column
             query = int(features.plain["query"][i]) if column is None else rows[row][column]
-            result: dict[str, Any] = {"row": row + 1, "query": query, "score": record["score"]}
+            result = own_id(rows[row]) | {"row": row + 1, "query": query, "score": record["score"]}
             if self.threshold is not None:
                 result["prediction"] = int(record["score"] >= self.threshold)
             if "retrieval_labels" in features.plain:

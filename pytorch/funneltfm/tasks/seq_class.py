@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funneltfm import metrics
 from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.sources import place
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.base import Record, Row, Task, own_id
@@ -47,11 +48,11 @@ class SeqClass(Task):
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
         examples: list[Example] = text.encode(self.reader.texts(rows, where))
         labels = list(labels_of(rows, self.label_column))
-        labelled = all_or_none(labels, self.label_column, where)
+        labelled = all_or_none(labels, rows, self.label_column, where)
         for i, example in enumerate(examples):
             example["row"] = i
             if labelled:
-                example["seq_class_labels"] = self._label(labels[i], f"{where}, row {i + 1}")
+                example["seq_class_labels"] = self._label(labels[i], place(rows, i, where))
         return examples
 
     def _label(self, value: Any, where: str) -> float:

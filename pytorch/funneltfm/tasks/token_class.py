@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funneltfm import metrics
 from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.sources import place
 from funneltfm.data.text import NO_WORD, Text, TextEncoder
 from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
@@ -65,7 +66,7 @@ class TokenClass(Task):
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 came = brief(repr(words)) if self.column in row else f"columns {brief(', '.join(row))}"
                 raise InputError(
-                    f"{where}, row {i + 1}: {self.column} must be a list of words; got {came}. Name the column with "
+                    f"{place(rows, i, where)}: {self.column} must be a list of words; got {came}. Name the column with "
                     f"--input_column."
                 )
             texts.append([words])
@@ -75,14 +76,14 @@ class TokenClass(Task):
         texts = self.texts(rows, where)
         examples: list[Example] = text.encode(texts)
         labels = list(labels_of(rows, self.label_column))
-        labelled = all_or_none(labels, self.label_column, where)
+        labelled = all_or_none(labels, rows, self.label_column, where)
         n_words = lost = 0
         for i, (example, (words,)) in enumerate(zip(examples, texts, strict=True)):
             first = _first_pieces(np.array(example["word_ids"]))
             n_words, lost = n_words + len(words), lost + len(words) - int(first.sum())
             example["row"] = i
             if labelled:
-                classes = self._classes(labels[i], len(words), f"{where}, row {i + 1}")
+                classes = self._classes(labels[i], len(words), place(rows, i, where))
                 example["token_class_words"] = classes
                 example["token_class_labels"] = [
                     classes[word] if here else IGNORED for word, here in zip(example["word_ids"], first, strict=True)

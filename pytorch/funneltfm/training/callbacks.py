@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 import lightning
 import numpy as np
 from lightning import Callback
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from tqdm import tqdm
 
 from funneltfm.errors import InputError
@@ -50,6 +50,11 @@ def ended_step(trainer: lightning.Trainer, batch_idx: int) -> int:
     return trainer.global_step if ends_step(trainer, batch_idx) else 0
 
 
+def logs_at(step: int, every: int, total: int | None) -> bool:
+    """Whether a step has a row in the log."""
+    return step % every == 0 or step == total
+
+
 def validation_steps(total: int, n_valid: int) -> set[int]:
     """`n_valid` steps evenly spaced over `total`, the last one included; fewer where there are fewer steps."""
     return {max(1, round(total * i / n_valid)) for i in range(1, n_valid + 1)}
@@ -59,14 +64,14 @@ class History(Callback):
     """The run's numbers: rows for metrics.csv, kept in the checkpoint, so that a resumed run goes on with the same
     table. It stops a run whose loss is no number.
 
-    path: metrics.csv. total: steps in the run, None without an end. per_epoch: in an epoch. log_every: between rows.
-    main: name of the metric that selects the best, where `lower` is better or higher. ids: each training example's own
-    id. advice: what to try when training diverges.
+    path: metrics.csv; None writes none. total: steps in the run, None without an end. per_epoch: in an epoch.
+    log_every: between rows. main: name of the metric that selects the best, where `lower` is better or higher. ids:
+    each training example's own id. advice: what to try when training diverges.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         total: int | None,
         per_epoch: int,
         log_every: int,
@@ -115,7 +120,7 @@ class History(Callback):
         self._own.append((step or trainer.global_step + 1, outputs["loss"].detach(), batch["index"]))
         if not step:
             return
-        logs = step % self.log_every == 0 or step == self.total
+        logs = logs_at(step, self.log_every, self.total)
         if logs or module.device.type == "cpu":  # a GPU is not made to wait at every step
             self._check_losses()
         if logs:
@@ -173,6 +178,8 @@ class History(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
+        if self.path is None:
+            return
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, columns, restval="")
@@ -206,6 +213,13 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
         best = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})
+
+
+class Patience(EarlyStopping):
+    """Has stopped for good: a run that is resumed after that does not go on."""
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        trainer.should_stop = self.wait_count >= self.patience
 
 
 class Leave(Exception):
@@ -305,16 +319,18 @@ class SaveRun(Checkpoint):
 
 
 class Progress(Callback):
-    """A bar over the whole run with loss, speed and time left; plain lines where the output is no terminal."""
+    """A bar over the whole run with loss, speed and time left; plain lines where the output is no terminal, or
+    without `bar`.
+    """
 
-    def __init__(self, history: History):
-        self.history = history
+    def __init__(self, history: History, bar: bool = True):
+        self.history, self.bar = history, bar
         self._bar: tqdm | None = None
         self._shown = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._shown = len(self.history.rows)
-        if ranks.is_main() and sys.stderr.isatty():
+        if self.bar and ranks.is_main() and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.history.total, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True
             )

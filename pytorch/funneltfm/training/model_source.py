@@ -1,7 +1,6 @@
 """From flags to a tokenizer, a config and a model with heads, for every architecture that has Auto classes."""
 
 import difflib
-import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,12 +99,6 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             f"--max_sequence_length={args.max_sequence_length}{times}, but the model takes {limit} tokens. Lower it, "
             f"or from scratch give --additional_config_kwargs max_position_embeddings=N."
         )
-    n_types = getattr(config, "type_vocab_size", None)
-    if args.extended_token_type_ids and n_types is not None and n_types <= max(args.extended_token_type_ids):
-        raise InputError(
-            f"--extended_token_type_ids has the type {max(args.extended_token_type_ids)}, but the model has {n_types} "
-            f"types, counted from 0. From scratch give --additional_config_kwargs type_vocab_size=N."
-        )
     return config
 
 
@@ -142,6 +135,9 @@ def _yaml_value(text: str) -> Any:
 
 def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
     """The encoder with a head for every task: from a checkpoint, or from scratch."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     models: dict[str, nn.Module] = {}
     base = load_config(args, tasks, tokenizer)
     for task in tasks:
@@ -156,14 +152,11 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
                 f"{brief(' '.join(str(error).split()), 500)}"
             ) from error
     heads = Heads(models)
-    takes = inspect.signature(heads.backbone.forward).parameters
-    if args.extended_token_type_ids and "token_type_ids" not in takes:
-        raise InputError(f"--extended_token_type_ids: a model of the type {base.model_type} has no token types.")
     if args.gradient_checkpointing:
         newer = getattr(heads.backbone, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
         (newer or heads.backbone.gradient_checkpointing_enable)()  # type: ignore[operator]
     if args.compile:
-        heads.compile_backbone()
+        heads.compile_backbone(args.dynamo_fallback_eager)
     return heads
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning
 import torch
-import transformers
 from lightning import Callback
 
 from funneltfm.errors import InputError
@@ -68,14 +67,18 @@ class Outputs:
     def _folders(self) -> list[Path]:
         return [self.run, self.checkpoints, self.models, self.predictions, self.root / "tensorboard" / self.name]
 
-    def prepare(self, resume: bool, overwrite: bool) -> None:
-        """Make sure that a new run meets no old one. Raises InputError where it would."""
+    def prepare(self, resume: bool, overwrite: bool, needed: Path | None = None) -> None:
+        """Make sure that a new run meets no old one, with which `needed` would go. Raises InputError where it would."""
         there = [folder for folder in self._folders() if folder.exists()]
         if resume:
             for folder in there:  # what a killed run has left half written
                 for path in [*folder.glob(".*.tmp*"), *folder.glob("*.half")]:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         elif overwrite:
+            if needed is not None and any(needed.resolve().is_relative_to(folder.resolve()) for folder in there):
+                raise InputError(
+                    f"--overwrite would remove {needed}, from which the run is to go on. Give another --name."
+                )
             for folder in there:
                 shutil.rmtree(folder)
         elif there:
@@ -99,7 +102,6 @@ def save_model(heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, 
     """
     half = folder.with_name(f"{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    transformers.utils.logging.disable_progress_bar()
     for task in tasks:
         target = half if len(tasks) == 1 else half / task.name
         target.mkdir(parents=True)
@@ -112,14 +114,16 @@ def save_model(heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, 
 
 
 def save_final_model(
-    heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, outputs: Outputs, step: int
+    heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, outputs: Outputs, epoch: int, step: int
 ) -> None:
     """Write the model of the last step as ckpt_epoch_E_step_S_final, or rename it, where it is there already."""
+    if any(outputs.models.glob(f"ckpt_epoch_*_step_{step}_final")):  # a finished run that is resumed
+        return
     same = next(outputs.models.glob(f"ckpt_epoch_*_step_{step}"), None)
     if same is not None:
         os.replace(same, same.with_name(f"{same.name}_final"))
     else:
-        save_model(heads, tasks, tokenizer, args, outputs.models / f"ckpt_step_{step}_final")
+        save_model(heads, tasks, tokenizer, args, outputs.models / f"ckpt_epoch_{epoch}_step_{step}_final")
 
 
 def given_flags(args: Args) -> dict[str, Any]:
@@ -153,7 +157,7 @@ class SaveModels(Callback):
         if not ranks.is_main() or self.args.save_total_limit == 0:
             return
         folder = self.outputs.models / f"ckpt_epoch_{trainer.current_epoch}_step_{trainer.global_step}"
-        if folder.exists():
+        if folder.exists() or folder.with_name(f"{folder.name}_final").exists():
             return
         save_model(module.heads, module.tasks, self.tokenizer, self.args, folder)
         if self.args.save_total_limit is not None:

@@ -14,6 +14,7 @@ from funneltfm.errors import InputError
 from funneltfm.tasks.base import Record, Row, Task
 from funneltfm.tasks.heads import Heads
 from funneltfm.training import ranks
+from funneltfm.training.callbacks import logs_at
 from funneltfm.training.optimizers import make_optimizer, make_scheduler
 from funneltfm.training.pipeline import ExactResume
 
@@ -80,7 +81,7 @@ class TaskModule(ExactResume):
         for task in self.tasks:
             share = shares[task.name] if task.name in shares else batch["weight"]
             loss = loss + self.weight(task) * share * losses[task.name]
-        if (self.global_step + 1) % self.args.log_every_n_steps == 0 and not self.args.barebones:
+        if logs_at(self.global_step + 1, self.args.log_every_n_steps, self.total_steps) and not self.args.barebones:
             self.train_scores = {f"train/{name}/loss": value.item() for name, value in losses.items()}
             with torch.no_grad():
                 for task in self.tasks:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from funneltfm.data.batching import StepSampler
 from funneltfm.data.columns import filtered
@@ -31,9 +34,9 @@ from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, make_tasks
 from funneltfm.tasks.heads import n_token_types
 from funneltfm.training import ranks
-from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun
+from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
-from funneltfm.training.config import Args, read_yaml, typed_args
+from funneltfm.training.config import Args, flag_fields, read_yaml, typed_args
 from funneltfm.training.launch import start_here
 from funneltfm.training.model_source import load_tokenizer, make_heads, model_name
 from funneltfm.training.outputs import (
@@ -50,14 +53,16 @@ from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.predictions import write_rows
 from funneltfm.training.runlog import log_file, log_ranks, quiet
 from funneltfm.training.task_module import Split, TaskModule
-from funneltfm.training.train_config import PREDICT_GROUPS, make_predict_args, make_train_args
+from funneltfm.training.train_config import PREDICT_GROUPS, TRAIN_GROUPS, make_predict_args, make_train_args
 
 log = logging.getLogger(__name__)
 
 _HYPERPARAMETERS = "hyperparameters.json"  # beside a model: its run's flags, and what its tasks know
+# Of how a run was started, which is not how it goes on.
+_OF_THE_START = ("resume", "overwrite", "ckpt_path")
 # Flags that change neither what is learned nor in which order, so a resumed run may have others.
 _FREE_ON_RESUME = {
-    *("resume", "ckpt_path", "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
+    *(*_OF_THE_START, "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
     *("checkpoint_interval", "no_val_checkpointing", "no_epoch_checkpointing", "loggers", "enable_progress_bar"),
     *("predict_dataset", "predict_config", "predict_filter", "predict_shard_dataset", "profiler", "output_dir", "name"),
     *("test_dataset", "test_config", "test_filter", "test_shard_dataset", "max_time"),
@@ -107,6 +112,16 @@ def _processes(args: Args, words: Sequence[str]) -> Iterator[bool]:
     """
     place = ranks.find_place(1, 0, None)
     n = _devices(args)
+    machines = 1 if place is None else place.size // place.local_size
+    if "num_nodes" in args.given and args.num_nodes != machines:
+        raise InputError(
+            f"--num_nodes={args.num_nodes}, but the processes of this run are on {machines}: start the command with "
+            f"torchrun --nnodes={args.num_nodes}, or SLURM."
+        )
+    if place is not None and args.devices != "auto" and n != place.local_size:
+        raise InputError(
+            f"--devices={args.devices}, but {place.local_size} processes were launched here. Leave the flag out."
+        )
     if place is None and n > 1:
         start_here(list(words), n)
         yield False
@@ -118,6 +133,9 @@ def _processes(args: Args, words: Sequence[str]) -> Iterator[bool]:
 
 def _over_seeds(args: Args) -> dict[str, Any]:
     """A run for every seed, and what they have in common."""
+    outputs = Outputs(Path(args.output_dir), args.name)
+    if outputs.config.exists():
+        raise InputError(f"{outputs.run} has a run of one seed; the table of several goes there. Give another --name.")
     runs = []
     for seed in args.seeds:
         one = copy.copy(args)
@@ -132,7 +150,9 @@ def _over_seeds(args: Args) -> dict[str, Any]:
     for split in ("valid", "test"):
         scores = [one[split] for one in runs if split in one]
         results |= {split: {name: _spread([s[name] for s in scores]) for name in scores[0]}} if scores else {}
-    outputs = Outputs(Path(args.output_dir), args.name)
+    place = ranks.find_place(1, 0, None)
+    if place is not None and place.rank > 0:
+        return results
     write_json(outputs.results, results)
     lines = [f"{len(runs)} seeds", "", "| split | score | mean | spread | min | max |", "|---|---|---|---|---|---|"]
     for split in ("valid", "test"):
@@ -156,12 +176,13 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
     saved = read_yaml(outputs.config, "the flags of the run in")
     if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
         raise InputError(f"{outputs.config} must hold the flags of the run: `name: value` lines.")
-    given = given_flags(args)
+    given, defaults = given_flags(args), flag_fields(TRAIN_GROUPS)
     for key in sorted(args.given - _FREE_ON_RESUME):
-        if given[key] != saved.get(key, given[key] if key == "pipeline" else None):
+        started = saved.get(key, defaults[key].default)
+        if given[key] != (list(started) if isinstance(started, tuple) else started):
             raise InputError(
-                f"the run {outputs.name} was started with --{key}={saved.get(key, 'its default')}, so it cannot go on "
-                f"with --{key}={given[key]}. Leave the flag out, or start another run."
+                f"the run {outputs.name} was started with --{key}={started}, so it cannot go on with "
+                f"--{key}={given[key]}. Leave the flag out, or start another run."
             )
     try:
         return make_train_args(**(saved | given))
@@ -171,19 +192,21 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
 
 def _words(flags: dict[str, Any]) -> list[str]:
     """Flags as a command line."""
-    words = []
+    words, fields = [], flag_fields(TRAIN_GROUPS) | flag_fields(PREDICT_GROUPS)
     for name, value in flags.items():
         if isinstance(value, list | tuple):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={value}")
+        elif fields[name].default is not None:
+            words.append(f"--{name}=none")
     return words
 
 
 def _devices(args: Args) -> int:
     """How many processes --devices asks for on this machine."""
     on_cpu = args.accelerator == "cpu" or (args.accelerator == "auto" and not torch.cuda.is_available())
-    if args.devices == "auto" or args.devices == "-1":
+    if args.devices in ("auto", "-1"):
         return 1 if on_cpu or args.accelerator == "mps" else max(1, torch.cuda.device_count())
     count = args.devices.strip(",").count(",") + 1 if "," in args.devices else args.devices
     try:
@@ -193,6 +216,8 @@ def _devices(args: Args) -> int:
 
 
 # ---- one run
+
+_PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 
 def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
@@ -207,8 +232,14 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     if ranks.is_main() and not args.fast_dev_run:
-        outputs.prepare(args.resume, args.overwrite)
-        write_text(outputs.config, yaml.safe_dump(given_flags(args) | {"resume": False}, sort_keys=False))
+        outputs.prepare(args.resume, args.overwrite, resume_from)
+        if args.ckpt_path is not None and not outputs.checkpoints.exists():
+            best = Path(args.ckpt_path).with_name("best.ckpt")  # the best model may be one of before
+            if best.is_file():
+                outputs.checkpoints.mkdir(parents=True)
+                shutil.copy(best, outputs.checkpoints)
+        saved = {name: value for name, value in given_flags(args).items() if name not in _OF_THE_START}
+        write_text(outputs.config, yaml.safe_dump(saved, sort_keys=False))
     path = outputs.run / "log.txt" if ranks.is_main() and not args.fast_dev_run else None
     with log_file(path, append=args.resume), quiet():
         n_param = sum(p.numel() for p in heads.parameters())
@@ -218,7 +249,7 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
         results: dict[str, Any] = {"name": args.name, "pipeline": args.pipeline, "seed": args.seed}
         if args.train_dataset is not None:
             results |= _fit(args, module, text, outputs, draw, resume_from)
-        for stage in [name for name in splits if name != "train"]:
+        for stage in [name for name in splits if name != "train" and _limit(args, name) != 0]:
             evaluate(args, module, text, stage)
             if module.scores[stage]:
                 results[stage] = module.scores[stage]
@@ -370,7 +401,7 @@ def _stream_loader(
     source = args.train_dataset[0]
     loader = StreamLoader(
         source,
-        functools.partial(encode_rows, module.tasks, text=text, where=source),
+        functools.partial(encode_rows, module.tasks, text=text, where=f"{source}, a batch of the stream"),
         Prepare(module.tasks, text, args.seed),
         _collate(args, module, text),
         args.batch_size,
@@ -394,24 +425,26 @@ def _fit(
     if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
         raise InputError("say how long to train: --max_epochs, --max_steps or --max_time.")
     loader, ids = _stream_loader(args, module, text) if args.streaming else _train_loader(args, module, text, draw)
-    valid = [_eval_loader(args, module, text, "valid")] if "valid" in module.splits else None
+    validates = "valid" in module.splits and _limit(args, "valid") != 0
+    valid = [_eval_loader(args, module, text, "valid")] if validates else None
     main, lower = monitored(args, module.tasks)
     if args.early_stopping and not valid:
         raise InputError("--early_stopping needs --valid_dataset: it watches a score of the validation.")
+    _check_interval(args, len(loader))
     per_epoch, total = _steps(args, len(loader))
     module.total_steps, module.steps_per_epoch = total, per_epoch
     advice = "lower --learning_rate, raise --num_warmup_steps, or set --gradient_clip_val"
-    metrics = outputs.run / "metrics.csv"
+    metrics = outputs.run / "metrics.csv" if "csv" in args.loggers else None
     history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower)
-    save = SaveRun(outputs, args.checkpoint_interval or 0, set())
+    save = SaveRun(outputs, args.checkpoint_interval or (0 if valid else per_epoch), set())
     keeps = not args.fast_dev_run and not args.barebones
     module.monitor = main if valid and keeps else None
-    callbacks: list[Callback] = [history, Progress(history)] if keeps else []
+    callbacks: list[Callback] = [history, Progress(history, args.enable_progress_bar)] if keeps else []
     if valid and keeps:
         callbacks.append(_best(outputs, main, lower))
     if valid and args.early_stopping:
         mode = "min" if lower else "max"
-        callbacks.append(EarlyStopping(main, patience=args.patience, mode=mode, strict=True))
+        callbacks.append(Patience(main, patience=args.patience, mode=mode, check_on_train_epoch_end=False))
     if keeps:
         callbacks += [SaveModels(outputs, text.tokenizer, args), save]
     if args.stochastic_weight_averaging:
@@ -426,7 +459,7 @@ def _fit(
         min_steps=args.min_steps,
         max_time=args.max_time,
         limit_train_batches=args.limit_train_batches,
-        limit_val_batches=args.overfit_batches or args.limit_val_batches,
+        limit_val_batches=_limit(args, "valid"),
         val_check_interval=args.val_check_interval,
         check_val_every_n_epoch=args.check_val_every_n_epoch,
         num_sanity_val_steps=None if args.barebones else args.num_sanity_val_steps,
@@ -436,14 +469,14 @@ def _fit(
         gradient_clip_algorithm=args.gradient_clip_algorithm,
         fast_dev_run=args.fast_dev_run,
         barebones=args.barebones,
-        profiler=args.profiler,
+        profiler=_PROFILERS[args.profiler](outputs.run, "profile") if args.profiler and keeps else args.profiler,
         enable_model_summary=args.enable_model_summary,
         callbacks=callbacks,
         logger=_loggers(args, outputs) if keeps else False,
         plugins=[WholeCheckpoints()],
     )
     try:
-        with save.listening():
+        with save.listening(), _said_by_lightning():
             trainer.fit(module, loader, valid, ckpt_path=resume_from, weights_only=True)
             if keeps:
                 save.leave_if_asked(trainer.global_step)
@@ -457,7 +490,8 @@ def _fit(
     if not keeps:
         return {"steps": trainer.global_step}
     if ranks.is_main():
-        save_final_model(module.heads, module.tasks, text.tokenizer, args, outputs, trainer.global_step)
+        epoch = max(0, trainer.current_epoch - 1)
+        save_final_model(module.heads, module.tasks, text.tokenizer, args, outputs, epoch, trainer.global_step)
     facts = {
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
@@ -479,12 +513,33 @@ def _first_batches(train: Split, args: Args) -> Split:
     return Split(train.name, train.rows, train.features.take(range(n)))
 
 
+def _limit(args: Args, stage: str) -> int | float | None:
+    """Batches of an evaluation."""
+    if stage == "valid":
+        return args.overfit_batches or args.limit_val_batches
+    return getattr(args, f"limit_{stage}_batches")
+
+
+def _check_interval(args: Args, n_batches: int) -> None:
+    """An InputError for a --val_check_interval that no epoch reaches."""
+    every = args.val_check_interval
+    n_batches = _limited(n_batches, args.limit_train_batches)
+    if isinstance(every, int) and args.check_val_every_n_epoch is not None and every > n_batches:
+        raise InputError(
+            f"--val_check_interval={every}, but an epoch has {n_batches} batches. Lower it, or give "
+            f"--check_val_every_n_epoch none to count batches on through all epochs."
+        )
+
+
+def _limited(n_batches: int, limit: int | float | None) -> int:
+    if limit is None:
+        return n_batches
+    return min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+
+
 def _steps(args: Args, n_batches: int) -> tuple[int, int | None]:
     """Optimizer steps of an epoch, and of the run, where that has an end."""
-    limit = args.limit_train_batches
-    if limit is not None:
-        n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
-    per_epoch = max(1, -(-n_batches // args.accumulate_grad_batches))
+    per_epoch = max(1, -(-_limited(n_batches, args.limit_train_batches) // args.accumulate_grad_batches))
     ends = [per_epoch * args.max_epochs] if args.max_epochs is not None and args.max_epochs > 0 else []
     ends += [args.max_steps] if args.max_steps > 0 else []
     return per_epoch, min(ends, default=None)
@@ -496,6 +551,15 @@ def monitored(args: Args, tasks: Sequence[Task]) -> tuple[str, bool]:
     if args.monitor_direction is not None:
         return main, args.monitor_direction == "min"
     return main, main.rpartition("/")[2] in ("loss", "perplexity")
+
+
+@contextlib.contextmanager
+def _said_by_lightning() -> Iterator[None]:
+    """What Lightning has to say about flags, in our words."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise InputError(f"Lightning's trainer does not take these flags: {error}") from error
 
 
 def _best(outputs: Outputs, main: str, lower: bool) -> BestCheckpoint:
@@ -543,12 +607,13 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
     on_cpu = args.accelerator == "cpu" or (
         args.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
     )
+    numbers = [int(word) for word in args.devices.strip(",").split(",")] if "," in args.devices and not on_cpu else None
     precision: str | None = args.precision
     if args.precision == "16-mixed" and on_cpu:  # Lightning's own would silently be bf16 there
         plugins, precision = [*plugins, AmpPrecision("O1", torch.float16, "cpu")], None
     kwargs["strategy"] = args.strategy
     if ranks.size() > 1:
-        kwargs |= {"num_nodes": ranks.size() // ranks.local_size(), "devices": ranks.local_size()}
+        kwargs |= {"num_nodes": ranks.size() // ranks.local_size(), "devices": numbers or ranks.local_size()}
         plugins = [*plugins, TorchElasticEnvironment()]
         kwargs["strategy"] = "ddp" if args.strategy == "auto" else args.strategy
     else:
@@ -567,7 +632,7 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
             use_distributed_sampler=False,  # StepSampler deals the examples
             **({"enable_model_summary": False, "logger": False} | kwargs),
         )
-    except (ValueError, lightning.pytorch.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"Lightning's trainer does not take these flags: {error}") from error
     # Lightning's own handlers would end a run without saving, or talk to other processes out of turn: see SaveRun.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -593,10 +658,11 @@ def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) 
 def evaluate(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> None:
     """Score a split: leaves module.scores[stage] and module.records[stage]."""
     module.stage = stage
-    limit = getattr(args, f"limit_{'val' if stage == 'valid' else stage}_batches")
+    limit = _limit(args, stage)
     trainer = make_trainer(args, enable_checkpointing=False, limit_test_batches=limit, fast_dev_run=args.fast_dev_run)
     try:
-        trainer.test(module, _eval_loader(args, module, text, stage), verbose=False)
+        with _said_by_lightning():
+            trainer.test(module, _eval_loader(args, module, text, stage), verbose=False)
     except SystemExit:  # how Lightning leaves after a KeyboardInterrupt
         raise KeyboardInterrupt("Training is saved; --resume goes on with what comes after it.") from None
     finally:
@@ -612,7 +678,6 @@ def _of_split(module: TaskModule, task: Task, stage: str) -> tuple[list[Record],
 
 
 def _write(args: Args, module: TaskModule, tokenizer: Any, outputs: Outputs, results: dict[str, Any]) -> None:
-    write_json(outputs.results, results)
     if args.train_dataset is not None:
         save_model(module.heads, module.tasks, tokenizer, args, outputs.best)
         write_model_card(outputs.best, args, results)
@@ -624,6 +689,7 @@ def _write(args: Args, module: TaskModule, tokenizer: Any, outputs: Outputs, res
                 records, features = _of_split(module, task, stage)
                 write_rows(path, task.predict(records, features, module.splits[stage].rows))
                 log.info("wrote %s", path)
+    write_json(outputs.results, results)  # the last, so that a run that has it is whole
     log.info("everything is in %s", outputs.run)
 
 

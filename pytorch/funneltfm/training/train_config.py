@@ -163,7 +163,7 @@ class TrainerFlags:
     val_check_interval: int | float | None = None
     """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch."""
     check_val_every_n_epoch: int | None = 1
-    """Validate every so many epochs."""
+    """Validate every so many epochs; none counts the batches of val_check_interval on through all epochs."""
     num_sanity_val_steps: int = 2
     """Validation batches before training, to find errors early; -1 is all."""
     log_every_n_steps: int = 50
@@ -183,17 +183,17 @@ class TrainerFlags:
     sync_batchnorm: bool = False
     """Batch norms over all devices."""
     profiler: Literal["simple", "advanced"] | None = None
-    """Measure where the time goes."""
+    """Measure where the time goes, into a file in runs/NAME."""
     enable_progress_bar: bool = True
-    """Show a progress bar on a terminal."""
+    """Show a progress bar on a terminal, in place of lines."""
     enable_model_summary: bool = False
     """Show the model's parts and sizes."""
     barebones: bool = False
     """No logging, checkpoints, bars: for measuring the speed of training alone."""
     stochastic_weight_averaging: bool = False
-    """Average the weights over the last fifth of the epochs, at a constant rate; the average is kept, not the best."""
+    """Average the weights over the last fifth of max_epochs, at a constant rate; the average is kept, not the best."""
     devices_stats: bool = False
-    """Log memory and load of the devices."""
+    """Log memory and load of the devices, to tensorboard or wandb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,9 @@ class KeepFlags:
     patience: int = 5
     """Validations without improvement that early stopping waits for."""
     checkpoint_interval: int | None = None
-    """Save a checkpoint to resume from, and a pre_trained_models folder, every so many steps."""
+    """Save a checkpoint to resume from, and a pre_trained_models folder, every so many steps. A checkpoint is saved
+    after each validation too; where there is none, after each epoch.
+    """
     no_val_checkpointing: bool = False
     """No pre_trained_models folder at validations."""
     no_epoch_checkpointing: bool = False
@@ -219,7 +221,7 @@ class KeepFlags:
     save_total_limit: int | None = 2
     """pre_trained_models folders to keep beside best and the final one; 0 keeps none, none keeps all."""
     loggers: tuple[str, ...] = ("csv",)
-    """Where scores go: csv, tensorboard, wandb; none is no logger."""
+    """Where scores go: csv (runs/NAME/metrics.csv), tensorboard, wandb; or none."""
 
 
 TRAIN_GROUPS: tuple[Group, ...] = (
@@ -241,8 +243,14 @@ _AT_LEAST_ONE = (
     *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
 )
-_NOT_NEGATIVE = ("num_workers", "streaming_buffer", "save_total_limit", "seed", "doc_stride", "margin")
+_NOT_NEGATIVE = ("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin")
 _SHARES = ("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing")
+# Flags that do nothing without another one.
+_NEEDED = (
+    *(("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection")),
+    *(("patience", "early_stopping"), ("gradient_clip_algorithm", "gradient_clip_val")),
+    *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming")),
+)
 _LOGGERS = ("csv", "tensorboard", "wandb", "none")
 
 
@@ -275,12 +283,23 @@ def make_train_args(**flags: Any) -> Args:
     for logger in args.loggers:
         if logger not in _LOGGERS:
             raise InputError(f"loggers must be some of {', '.join(_LOGGERS)}; got {logger!r}.")
+    if "none" in args.loggers and len(args.loggers) > 1:
+        raise InputError(f"--loggers {' '.join(args.loggers)}: none is no logger. Leave it out, or the others.")
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with the run, --overwrite removes it; give one of them.")
-    needed = (("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection"))
-    for flag, needs in needed:
-        if getattr(args, flag) is not None and getattr(args, needs) is None:
-            raise InputError(f"--{flag} needs --{needs}.")
+    for flag, needs in _NEEDED:
+        if flag in args.given and getattr(args, flag) is not None and not getattr(args, needs):
+            raise InputError(f"--{flag} needs --{needs}. Give that too, or leave it out.")
+    if args.monitor is not None and not args.monitor.startswith("valid/"):
+        raise InputError(f"--monitor is a score of the validation, valid/TASK/METRIC; got {args.monitor!r}.")
+    if args.devices_stats and not {"tensorboard", "wandb"} & {*args.loggers}:
+        raise InputError("--devices_stats needs a place to go: --loggers csv tensorboard (or wandb).")
+    if args.stochastic_weight_averaging and (not args.max_epochs or args.max_epochs < 0 or args.max_steps > 0):
+        raise InputError("--stochastic_weight_averaging needs --max_epochs, and no --max_steps: it begins by epochs.")
+    if args.stochastic_weight_averaging and args.early_stopping:
+        raise InputError("--stochastic_weight_averaging begins late, and --early_stopping may end before. Give one.")
+    if args.overfit_batches and args.train_weights is not None:
+        raise InputError("--overfit_batches takes the first batches, --train_weights draws from all. Give one.")
     if args.streaming:
         _check_streaming(args)
     for flag in WITH_K:
@@ -345,6 +364,11 @@ def _check_streaming(args: Args) -> None:
     for flag in ("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"):
         if getattr(args, flag):
             raise InputError(f"--{flag} does not go with --streaming.")
+    for flag in ("max_epochs", "min_epochs"):
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag}: a stream has no epochs. Leave it out; --max_steps ends the run.")
+    if args.group_by_length and "group_by_length" in args.given:
+        raise InputError("--group_by_length does not go with --streaming: a stream is read in batches.")
 
 
 def _check_ranges(args: Args) -> None:
@@ -357,6 +381,14 @@ def _check_ranges(args: Args) -> None:
     for name in _SHARES:
         if not 0 <= (value := getattr(args, name)) <= 1:
             raise InputError(f"{name} must be between 0 and 1; got {value}.")
+    for name in ("limit_train_batches", "val_check_interval", "max_epochs"):
+        if getattr(args, name) == 0:
+            raise InputError(f"{name} must be more than 0.")
+    if args.overfit_batches < 0 or (isinstance(args.overfit_batches, float) and args.overfit_batches > 1):
+        raise InputError(f"overfit_batches must be a number of batches, or a share; got {args.overfit_batches}.")
+    for seed in (args.seed, *(args.seeds or ())):
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seeds must be from 0 to {2**32 - 1}; got {seed}.")
     for name, value in args.flags().items():
         if name.endswith("_weight") and value is not None and value < 0:
             raise InputError(f"{name} must not be negative; got {value}.")
