@@ -151,7 +151,7 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
                 f"cannot make a model for {task.name} of {args.pre_trained_model or base.model_type}: "
                 f"{brief(' '.join(str(error).split()), 500)}"
             ) from error
-    heads = Heads(models)
+    heads = Heads(models).train()  # from_pretrained leaves models in evaluation mode, without dropout
     if args.gradient_checkpointing:
         newer = getattr(heads.backbone, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
         (newer or heads.backbone.gradient_checkpointing_enable)()  # type: ignore[operator]
