@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funneltfm.data.corruption import masked
+from funneltfm.data.corruption import masked, replaced
 from funneltfm.errors import InputError
 
 MASK, BERT = 4, (0.8, 0.1, 0.1)
@@ -127,3 +127,19 @@ def test_a_special_token_within_a_word() -> None:
 def test_probabilities_that_do_not_add_up() -> None:
     with pytest.raises(InputError, match=r"must add to 1; got \(0.8, 0.1, 0.2\)"):
         corrupt(0, 0.15, (0.8, 0.1, 0.2))
+
+
+# ---- replacing by another token
+
+
+def test_a_replacement_is_another_token_and_each_as_often() -> None:
+    ids, chosen = np.full(8000, 7), np.arange(8000) % 2 == 0
+    ordinary = np.array([5, 7, 9, 12, 13])
+    out = replaced(ids, chosen, np.random.default_rng(0), ordinary)
+    assert (out[~chosen] == 7).all()
+    assert (ids == 7).all()
+    values, counts = np.unique(out[chosen], return_counts=True)
+    assert values.tolist() == [5, 9, 12, 13]
+    assert (np.abs(counts / 4000 - 0.25) < 4.5 * np.sqrt(0.25 * 0.75 / 4000)).all()
+    for edge in (5, 13):  # the first and the last
+        assert edge not in replaced(np.full(500, edge), np.ones(500, bool), np.random.default_rng(1), ordinary)

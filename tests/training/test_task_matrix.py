@@ -65,6 +65,8 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "answer_selection": (PAIR, RANK),
     "retrieval": (PAIR, RANK),
     "masked_lm": (TEXT, {}),
+    "random_token_detection": (TEXT, {}),
+    "cluster_random_token_detection": (TEXT, {"clusters_filename": "clusters.txt"}),
     "masked_lm+seq_class": (TEXT, {}),
     "masked_lm+token_class": (TAGS, {}),
     "masked_lm+answer_selection": (PAIR, RANK),
@@ -77,6 +79,10 @@ def flags(task: str, model: str, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    if "clusters_filename" in more:
+        clusters = folder / "clusters.txt"
+        clusters.write_text("".join(f"{i % 3}\n" for i in range(len(WORDS) + 5)))
+        more = more | {"clusters_filename": str(clusters)}
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return more | {

@@ -7,6 +7,7 @@ batch's texts into hidden states once, and every task of the pipeline reads its 
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from funneltfm.data.sources import place
 from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASKS, task_names
-from funneltfm.tasks.heads import replayed
+from funneltfm.tasks.heads import replayed, save_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class Task:
     """The texts are lists of words; tasks that are mixed with it read the same."""
     corrupts: ClassVar[bool] = False
     """It corrupts its input and makes its own labels in `prepare`; in a mixture it works on what the others encode."""
+    masks: ClassVar[bool] = False
+    """It needs a mask token."""
 
     def __init__(self, args: Any):
         self.args = args
@@ -99,17 +102,23 @@ class Task:
         """The model with this task's head. source: a checkpoint (folder or name) or None, from scratch; config: its
         config, with `model_config` in it.
         """
-        import transformers
+        return load_model(self.auto, source, config)
 
-        auto = getattr(transformers, self.auto)
-        if source is None:
-            return auto.from_config(config)
-        model, info = auto.from_pretrained(
-            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        log.info("loaded %s%s", source, f"; new: {', '.join(fresh)}" if fresh else "")
-        return model
+    def make_beside(self, model: nn.Module, source: Any, tokenizer: Any) -> nn.Module | None:
+        """What the task has beside its model, which is trained, moved and checkpointed with it: another model, counts.
+        model: that with this task's head, on the encoder that all share; source: the checkpoint that it came from.
+        """
+        return None
+
+    def save(self, model: nn.Module, beside: nn.Module | None, folder: Path) -> None:
+        """Write what `make_model` and `make_beside` load."""
+        save_pretrained(model, folder)
+
+    def corrupt(self, beside: nn.Module | None, batch: Batch) -> Batch:
+        """What the encoder sees in place of `batch`, for objectives whose corruption is computed on the device. Random
+        numbers must come from what `prepare` has drawn.
+        """
+        return batch
 
     def logits(self, model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
         """What the task's head says. hidden: the output of the encoder for batch["inputs"]."""
@@ -124,6 +133,20 @@ class Task:
         """How much of what the loss is a mean over is in a batch (tokens, say); None: its examples."""
         return None
 
+    def losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss by name, or several; each is logged under its name and weighted by its --NAME_weight."""
+        return {self.name: self.loss(logits, batch)}
+
+    def sizes(self, batch: Batch) -> dict[str, float]:
+        """The sizes of the losses that have one."""
+        size = self.size(batch)
+        return {} if size is None else {self.name: size}
+
+    def update(self, beside: nn.Module | None, logits: Tensor, batch: Batch) -> None:
+        """After the forward pass of a training batch, in all processes together: what is kept without gradients. A
+        batch of weight 0 counts for nothing.
+        """
+
     # ---- scores
 
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
@@ -135,7 +158,9 @@ class Task:
         raise NotImplementedError
 
     def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
-        """Must. The metrics of a whole split. records: one for each example, in order."""
+        """Must. The metrics of a whole split; GROUP/METRIC where it is not in the task's own group. records: one for
+        each example, in order.
+        """
         raise NotImplementedError
 
     def predict(self, records: list[Record], features: Features, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -162,6 +187,24 @@ def own_id(row: Row) -> dict[str, Any]:
     return {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
 
 
+def full_name(task: Task, metric: str) -> str:
+    """GROUP/METRIC."""
+    return metric if "/" in metric else f"{task.name}/{metric}"
+
+
+def load_model(auto: str, source: Any, config: Any) -> nn.Module:
+    """A model by its Auto class: from a checkpoint (folder or name), or where that is None from scratch."""
+    import transformers
+
+    cls = getattr(transformers, auto)
+    if source is None:
+        return cls.from_config(config)
+    model, info = cls.from_pretrained(source, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    log.info("loaded %s%s", source, f"; new: {', '.join(fresh)}" if fresh else "")
+    return model
+
+
 def make_tasks(pipeline: str, args: Any) -> list[Task]:
     """The tasks of a pipeline, those that corrupt last: they work on what the others have made."""
     tasks = []
@@ -169,7 +212,9 @@ def make_tasks(pipeline: str, args: Any) -> list[Task]:
         module, _, cls = TASKS[name][0].partition(":")
         tasks.append(getattr(importlib.import_module(module), cls)(args))
     if args.packing and len(tasks) > 1:
-        raise InputError(f"--packing is for masked_lm alone: in {pipeline} every row has its own labels. Leave it out.")
+        raise InputError(f"--packing is for one task alone: in {pipeline} every row has its own labels. Leave it out.")
+    if sum(task.corrupts for task in tasks) > 1:
+        raise InputError(f"pipeline {pipeline!r}: two tasks of it corrupt the texts. Take one of them.")
     for task in tasks:
         task.reader = next((other for other in tasks if other.words), task)
     return sorted(tasks, key=lambda task: task.corrupts)
@@ -222,7 +267,7 @@ class Prepare:
 
 class Collate:
     """Examples to a batch: "index" (B,), "inputs" (what the encoder takes: input_ids, attention_mask with 1 = real,
-    token_type_ids, each (texts, T) int64), the tasks' own tensors, and "sizes", those of tasks that have one.
+    token_type_ids, each (texts, T) int64), the tasks' own tensors, and "sizes", those of losses that have one.
 
     length: pad every batch to this many tokens; None pads to its longest text. token_types: whether the encoder knows
     types of tokens; otherwise it gets none.
@@ -251,8 +296,7 @@ class Collate:
         batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}
         for task in self.tasks:
             batch |= task.collate(examples, tokens)
-        sizes = {task.name: task.size(batch) for task in self.tasks}
-        return batch | {"sizes": {name: size for name, size in sizes.items() if size is not None}}
+        return batch | {"sizes": {name: size for task in self.tasks for name, size in task.sizes(batch).items()}}
 
 
 def _texts(examples: list[Example], name: str) -> list[np.ndarray]:

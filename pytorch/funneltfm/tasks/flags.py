@@ -50,7 +50,21 @@ class MaskedLMFlags:
     exact_masking: bool = False
     """Select exactly the given share of every text (at least one token), not on average."""
     packing: bool = False
-    """masked_lm alone: join the texts, with separators, into blocks of max_sequence_length; nothing is cut."""
+    """Join the texts, with separators, into blocks of max_sequence_length; nothing is cut. Not in mixtures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionFlags:
+    """Detection of replaced tokens"""
+
+    whole_word_detection: bool = False
+    """random_token_detection and cluster_random_token_detection: replace whole words, not pieces."""
+    clusters_filename: str | None = None
+    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster."""
+    beta: float = 2.0
+    """cluster_random_token_detection: how much more often clusters are drawn with which the model fails; 0 is not."""
+    update_only_on_predictions: bool = False
+    """cluster_random_token_detection: count what the model says of replaced tokens only, not of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +175,24 @@ class WeightFlags:
     """Weight of multiple_choice."""
     retrieval_weight: float = 1.0
     """Weight of retrieval."""
+    random_token_detection_weight: float = 1.0
+    """Weight of random_token_detection."""
+    cluster_random_token_detection_weight: float = 1.0
+    """Weight of cluster_random_token_detection."""
 
 
 TASK_GROUPS: tuple[tuple[str, type, tuple[str, ...]], ...] = tuple(
     (str(cls.__doc__), cls, ())
     for cls in (
-        *(ColumnFlags, MaskedLMFlags, TokenFlags, QuestionAnsweringFlags, MultipleChoiceFlags, RankingFlags),
+        *(
+            ColumnFlags,
+            MaskedLMFlags,
+            DetectionFlags,
+            TokenFlags,
+            QuestionAnsweringFlags,
+            MultipleChoiceFlags,
+            RankingFlags,
+        ),
         WeightFlags,
     )
 )
@@ -175,6 +201,7 @@ _MASKING = (
     *("probability", "probability_masked", "probability_replaced", "probability_unchanged"),
     *("whole_word_masking", "exact_masking"),
 )
+_DETECTION = ("probability", "whole_word_detection", "exact_masking", "input_columns", "input_column", "packing")
 _LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
 WITH_K = ("classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
 _TOKEN_CLASS = ("input_column", "input_columns", *_LABELS, "label_scheme", "token_class_weight")
@@ -210,6 +237,15 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     "masked_lm": (
         "funneltfm.tasks.masked_lm:MaskedLM",
         frozenset({*_MASKING, "input_columns", "input_column", "packing", "masked_lm_weight"}),
+    ),
+    "random_token_detection": (
+        "funneltfm.tasks.token_detection:RandomTokenDetection",
+        frozenset({*_DETECTION, "random_token_detection_weight"}),
+    ),
+    "cluster_random_token_detection": (
+        "funneltfm.tasks.token_detection:ClusterRandomTokenDetection",
+        frozenset({*_DETECTION, "clusters_filename", "beta", "update_only_on_predictions"})
+        | {"cluster_random_token_detection_weight"},
     ),
 }
 ALIASES = {

@@ -4,10 +4,12 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -47,9 +49,22 @@ def selected(hidden: Any, chosen: Tensor) -> Any:
     return type(hidden)(last_hidden_state=hidden.last_hidden_state[chosen][None])
 
 
+def save_pretrained(model: nn.Module, folder: Path) -> None:
+    """Write a folder that the Auto classes load. What is parametrized in training is written as what it stands for."""
+    state = None
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            state = model.state_dict() if state is None else state
+            for tensor in module.parametrizations:
+                inner = f"{name}.parametrizations.{tensor}."
+                state = {key: value for key, value in state.items() if not key.startswith(inner)}
+                state[f"{name}.{tensor}"] = getattr(module, tensor).detach()
+    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+
+
 class Heads(nn.Module):
     """Models that share one encoder, by the name of their task. The largest encoder of them serves all: what it has
-    more than others (a pooler, a decoder) some head reads.
+    more than others (a pooler, a decoder) some head reads. `beside` holds what tasks have beside their models.
     """
 
     def __init__(self, models: dict[str, nn.Module]):
@@ -63,11 +78,16 @@ class Heads(nn.Module):
                 setattr(model, model.base_model_prefix, largest)  # type: ignore[arg-type]
                 model.tie_weights()  # type: ignore[operator]
         self.models = nn.ModuleDict(models)
+        self.beside = nn.ModuleDict()
         self._encode = self._run
 
     @property
     def backbone(self) -> nn.Module:
         return backbone_of(next(iter(self.models.values())))
+
+    def of_task(self, name: str) -> tuple[nn.Module, nn.Module | None]:
+        """A task's model, and what it has beside it."""
+        return self.models[name], dict(self.beside.items()).get(name)
 
     def _run(self, **inputs: Tensor) -> Any:
         return self.backbone(**inputs)

@@ -16,12 +16,9 @@ from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
 from funneltfm.tasks.heads import replayed, selected
 
 
-class MaskedLM(Task):
-    """Cross entropy on the selected tokens. Only their logits are computed."""
+class Corrupting(Task):
+    """An objective that selects tokens of its texts and corrupts them."""
 
-    name = "masked_lm"
-    auto = "AutoModelForMaskedLM"
-    main_metric = "perplexity"
     corrupts = True
 
     def __init__(self, args: Any):
@@ -29,20 +26,33 @@ class MaskedLM(Task):
         if args.probability == 0:
             raise InputError("--probability is 0: no token would be selected, so there is nothing to learn.")
 
-    # ---- data
-
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
         texts = self.reader.texts(rows, where)
         if self.args.packing:
             return _packed(texts, text)
         return [example | {"row": i} for i, example in enumerate(text.encode(texts))]
 
+    @staticmethod
+    def selectable(example: Example, text: TextEncoder) -> np.ndarray:
+        """(T,) bool: False for special tokens, also where a text spells one."""
+        return (example["word_ids"] != NO_WORD) & ~np.isin(example["input_ids"], text.special_ids)
+
+
+class MaskedLM(Corrupting):
+    """Cross entropy on the selected tokens. Only their logits are computed."""
+
+    name = "masked_lm"
+    auto = "AutoModelForMaskedLM"
+    main_metric = "perplexity"
+    masks = True
+
+    # ---- data
+
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
-        """Special tokens are never selected, also where a text spells one."""
         args, ids, words = self.args, example["input_ids"], example["word_ids"]
         corrupt, chosen = masked(
             ids,
-            (words != NO_WORD) & ~np.isin(ids, text.special_ids),
+            self.selectable(example, text),
             rng,
             args.probability,
             (args.probability_masked, args.probability_replaced, args.probability_unchanged),

@@ -32,7 +32,7 @@ def load_tokenizer(args: Args, tasks: Sequence[Task]) -> Any:
             "hub), or a --pre_trained_model that has one."
         )
     tokenizer = get_text_tokenizer(path, words=any(task.words for task in tasks))
-    if any(task.corrupts for task in tasks) and tokenizer.mask_token_id is None:
+    if any(task.masks for task in tasks) and tokenizer.mask_token_id is None:
         raise InputError(f"the tokenizer {path} has no mask token, which masked language modelling needs.")
     return tokenizer
 
@@ -151,10 +151,16 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
                 f"cannot make a model for {task.name} of {args.pre_trained_model or base.model_type}: "
                 f"{brief(' '.join(str(error).split()), 500)}"
             ) from error
-    heads = Heads(models).train()  # from_pretrained leaves models in evaluation mode, without dropout
+    heads = Heads(models)
+    for task in tasks:
+        source = _of_task(args.pre_trained_model, task.name)
+        if (beside := task.make_beside(heads.models[task.name], source, tokenizer)) is not None:
+            heads.beside[task.name] = beside
+    heads.train()  # from_pretrained leaves models in evaluation mode, without dropout
     if args.gradient_checkpointing:
-        newer = getattr(heads.backbone, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
-        (newer or heads.backbone.gradient_checkpointing_enable)()  # type: ignore[operator]
+        for model in (heads.backbone, *(model for model in heads.beside.values() if hasattr(model, "base_model"))):
+            newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
+            (newer or model.gradient_checkpointing_enable)()  # type: ignore[operator]
     if args.compile:
         heads.compile_backbone(args.dynamo_fallback_eager)
     return heads

@@ -105,7 +105,7 @@ def save_model(heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, 
     for task in tasks:
         target = half if len(tasks) == 1 else half / task.name
         target.mkdir(parents=True)
-        heads.models[task.name].save_pretrained(target)  # type: ignore[operator]
+        task.save(*heads.of_task(task.name), target)
         tokenizer.save_pretrained(target)
     state: dict[str, Any] = {task.name: task.state() for task in tasks}
     write_json(half / "hyperparameters.json", {"flags": given_flags(args), "tasks": state})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funneltfm.data.features import Batch, Features
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import Record, Row, Task
+from funneltfm.tasks.base import Record, Row, Task, full_name
 from funneltfm.tasks.heads import Heads
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import logs_at
@@ -63,34 +63,41 @@ class TaskModule(ExactResume):
         self.train_scores: dict[str, float] = {}
         self._kept: dict[str, dict[int, Record]] = {}
 
-    def weight(self, task: Task) -> float:
-        """Of the task's loss in that of the pipeline."""
-        if len(self.tasks) == 1:
-            return 1.0
-        weight = getattr(self.args, f"{task.name}_weight")
+    def weight(self, name: str) -> float:
+        """Of a loss where there are several."""
+        weight = getattr(self.args, f"{name}_weight")
         return self.args.seq_class_weight if weight is None else weight
+
+    def run(self, tasks: Sequence[Task], batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+        """The batch as the encoder has seen it, and the logits of each task."""
+        for task in tasks:
+            batch = task.corrupt(self.heads.of_task(task.name)[1], batch)
+        hidden = self.heads(batch["inputs"])
+        return batch, {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in tasks}
 
     # ---- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        hidden = self.heads(batch["inputs"])
-        logits = {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in self.tasks}
-        losses = {task.name: task.loss(logits[task.name], batch) for task in self.tasks}
+        batch, logits = self.run(self.tasks, batch)
+        losses = {name: loss for task in self.tasks for name, loss in task.losses(logits[task.name], batch).items()}
         shares = self._shares(batch)
         loss = torch.zeros((), device=self.device)
-        for task in self.tasks:
-            share = shares[task.name] if task.name in shares else batch["weight"]
-            loss = loss + self.weight(task) * share * losses[task.name]
+        for name, value in losses.items():
+            share = shares[name] if name in shares else batch["weight"]
+            loss = loss + (self.weight(name) if len(losses) > 1 else 1.0) * share * value
+        with torch.no_grad():
+            for task in self.tasks:
+                task.update(self.heads.of_task(task.name)[1], logits[task.name].detach(), batch)
         if logs_at(self.global_step + 1, self.args.log_every_n_steps, self.total_steps) and not self.args.barebones:
             self.train_scores = {f"train/{name}/loss": value.item() for name, value in losses.items()}
             with torch.no_grad():
                 for task in self.tasks:
-                    for name, value in task.train_scores(logits[task.name].detach(), batch).items():
-                        self.train_scores[f"train/{task.name}/{name}"] = value
+                    for name, score in task.train_scores(logits[task.name].detach(), batch).items():
+                        self.train_scores[f"train/{full_name(task, name)}"] = score
         return loss
 
     def _shares(self, batch: Batch) -> dict[str, float]:
-        """The weight of a batch in its step for the tasks whose loss is no mean over examples: with it the mean over
+        """The weight of a batch in its step for the losses that are no mean over examples: with it the mean over
         processes and batches is the mean over all that they have together (tokens, say), however it was dealt.
         """
         if not batch["sizes"]:
@@ -113,10 +120,9 @@ class TaskModule(ExactResume):
         self._kept = {task.name: {} for task in self.scored()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        hidden = self.heads(batch["inputs"])
+        batch, logits = self.run(self.scored(), batch)
         for task in self.scored():
-            logits = task.logits(self.heads.models[task.name], hidden, batch)
-            records = task.record(logits, batch)
+            records = task.record(logits[task.name], batch)
             self._kept[task.name].update(zip(batch["index"].tolist(), records, strict=True))
 
     def on_validation_epoch_end(self) -> None:
@@ -134,16 +140,16 @@ class TaskModule(ExactResume):
                 scores = task.score(records, features, split.rows)
             except InputError as error:  # every process has the same
                 ranks.fail(error)
-            for name, value in scores.items():
+            for name, value in ((full_name(task, name), value) for name, value in scores.items()):
                 if not np.isfinite(value):
                     at = f"step {self.global_step}"
                     ranks.fail(
                         InputError(
-                            f"{self.stage}/{task.name}/{name} is {value} at {at}. Training has diverged, or the model "
+                            f"{self.stage}/{name} is {value} at {at}. Training has diverged, or the model "
                             f"is damaged: lower --learning_rate."
                         )
                     )
-                self.scores[self.stage][f"{task.name}/{name}"] = value
+                self.scores[self.stage][name] = value
         self._kept = {}
         self._check_monitor()
         named = {f"{self.stage}/{name}": value for name, value in self.scores[self.stage].items()}

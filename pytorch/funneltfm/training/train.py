@@ -31,7 +31,7 @@ from funneltfm.data.streaming import RowNumbers, StreamLoader
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import read_json, write_json, write_text
-from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, make_tasks
+from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
 from funneltfm.tasks.heads import n_token_types
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
@@ -547,7 +547,7 @@ def _steps(args: Args, n_batches: int) -> tuple[int, int | None]:
 
 def monitored(args: Args, tasks: Sequence[Task]) -> tuple[str, bool]:
     """What selects the best model, and whether less of it is better."""
-    main = args.monitor or f"valid/{tasks[0].name}/{tasks[0].main_metric}"
+    main = args.monitor or f"valid/{full_name(tasks[0], tasks[0].main_metric)}"
     if args.monitor_direction is not None:
         return main, args.monitor_direction == "min"
     return main, main.rpartition("/")[2] in ("loss", "perplexity")
