@@ -314,8 +314,10 @@ def test_counts_are_kept_with_the_model(tiny_tokenizer: Any, make_config: Any, t
     written = (tmp_path / "predictions" / "run" / "valid.jsonl").read_text().splitlines()
     assert [row["replaced"] for row in found] == [json.loads(line)["replaced"] for line in written]
     path.write_text("".join(f"{i % 2}\n" for i in range(len(tiny_tokenizer))))
+    flags = {"pre_trained_model": str(best), "clusters_filename": str(path), "name": "other", "max_epochs": 1}
+    flags |= {"pipeline": "cluster_random_token_detection", "output_dir": str(tmp_path), "accelerator": "cpu"}
     with pytest.raises(InputError, match="has other clusters than the model was trained with"):
-        predict(pre_trained_model=str(best), predict_dataset=str(tmp_path / "data.jsonl"), accelerator="cpu")
+        train(train_dataset=[str(tmp_path / "data.jsonl")], **flags)
 
 
 def test_two_processes_count_what_one_counts(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "clusters.txt").write_text("".join(f"{i % 4}\n" for i in range(len(WORDS))))
     for name, n in (("train", 120), ("valid", 40), ("test", 40)):
         with open(folder / f"{name}.jsonl", "w") as handle:
             for i in range(n):
@@ -139,6 +140,9 @@ def cut(monkeypatch, at_step: int) -> None:
         (9, {"limit_train_batches": 5, "max_steps": 13, "max_epochs": None, "checkpoint_interval": 2}),
         (20, {"pipeline": "masked_lm+seq_class", "checkpoint_interval": 18}),
         (20, {"pipeline": "masked_lm", "checkpoint_interval": 18, "optimizer": "tf_adamw"}),
+        (20, {"pipeline": "electra", "embedding_sharing": "gdes", "checkpoint_interval": 18}),
+        (20, {"pipeline": "electra+seq_class", "embedding_sharing": "tied", "checkpoint_interval": 18}),
+        (20, {"pipeline": "cluster_random_token_detection", "clusters_filename": "", "checkpoint_interval": 18}),
         (16, {"precision": "bf16-mixed"}),
         (20, {"valid_dataset": None, "overwrite": True}),  # saved at ends of epochs
         (44, {"log_every_n_steps": 4, "checkpoint_interval": 43}),  # the last step has a row of its own
@@ -173,6 +177,8 @@ def cut(monkeypatch, at_step: int) -> None:
 )
 def test_a_cut_run_ends_bit_equal(data, tmp_path, monkeypatch, at_step, more):
     more = {"num_sanity_val_steps": 0} | more
+    if "clusters_filename" in more:
+        more = more | {"clusters_filename": str(data / "clusters.txt")}
     whole = train(**flags(data, tmp_path / "whole", **more))
     with monkeypatch.context() as patch:
         cut(patch, at_step)

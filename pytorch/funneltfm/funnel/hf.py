@@ -286,7 +286,7 @@ class FunnelTFMModel(FunnelTFMPreTrainedModel):
     @property
     def lookup_table(self) -> Tensor:
         """(V, d_embed), the embedding."""
-        return self.net.input_layer.get_parameter("0.lookup_table")
+        return self.net.input_layer[0].lookup_table  # type: ignore[return-value]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.net.input_layer[0]

@@ -59,12 +59,22 @@ class DetectionFlags:
 
     whole_word_detection: bool = False
     """random_token_detection and cluster_random_token_detection: replace whole words, not pieces."""
-    clusters_filename: str | None = None
-    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster."""
     beta: float = 2.0
     """cluster_random_token_detection: how much more often clusters are drawn with which the model fails; 0 is not."""
     update_only_on_predictions: bool = False
     """cluster_random_token_detection: count what the model says of replaced tokens only, not of all."""
+    sample_function: Literal["gumbel", "multinomial"] = "gumbel"
+    """electra: how the generator's tokens are drawn; both draw from its softmax."""
+    embedding_sharing: Literal["none", "tied", "gdes"] = "none"
+    """electra: generator and discriminator have embeddings of their own; the same; or the discriminator adds its own
+    to those of the generator, into which none of its gradients go (GDES).
+    """
+    tie_generator_discriminator_embeddings: bool = False
+    """Older name of embedding_sharing tied."""
+    generator_size: float = 0.5
+    """electra: share of the discriminator's hidden width, heads and feed-forward width that the generator has. With
+    shared embeddings, where those are as wide as the hidden layers, it is the share of the layers.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +185,8 @@ class WeightFlags:
     """Weight of multiple_choice."""
     retrieval_weight: float = 1.0
     """Weight of retrieval."""
+    token_detection_weight: float = 50.0
+    """Weight of the discriminator's loss in electra; the generator's has masked_lm_weight, in electra alone too."""
     random_token_detection_weight: float = 1.0
     """Weight of random_token_detection."""
     cluster_random_token_detection_weight: float = 1.0
@@ -247,10 +259,18 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
         frozenset({*_DETECTION, "clusters_filename", "beta", "update_only_on_predictions"})
         | {"cluster_random_token_detection_weight"},
     ),
+    "electra": (
+        "funneltfm.tasks.electra:Electra",
+        frozenset({*_MASKING, "input_columns", "input_column", "packing", "masked_lm_weight", "token_detection_weight"})
+        | {"sample_function", "embedding_sharing", "tie_generator_discriminator_embeddings", "generator_size"}
+        | {"pre_trained_generator_config", "pre_trained_generator_model"},
+    ),
 }
 ALIASES = {
     "pos_tagging": "token_class",
     "named_entity_recognition": "token_class",
+    "token_detection_and_masked_lm": "electra",
+    "token_detection_and_masked_lm_and_seq_class": "electra+seq_class",
     "masked_lm_and_seq_class": "masked_lm+seq_class",
     "masked_lm_and_answer_selection": "masked_lm+answer_selection",
     "masked_lm_and_token_class": "masked_lm+token_class",

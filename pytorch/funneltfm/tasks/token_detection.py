@@ -259,27 +259,23 @@ class ClusterRandomTokenDetection(Detection):
         }
 
     def make_beside(self, model: nn.Module, source: Any, tokenizer: Any) -> Clusters:
-        args, saved = self.args, Path(source or "") / CLUSTERS
+        path, saved = self.args.clusters_filename, Path(source or "") / CLUSTERS
         state = _read_state(saved) if source is not None and saved.is_file() else None
-        if args.clusters_filename is None and state is None:
+        if path is None and state is None:
             raise InputError("--clusters_filename is missing: a file with the cluster of each token, a line a token.")
-        if args.clusters_filename is not None and (state is None or Path(args.clusters_filename).is_file()):
-            cluster = read_clusters(Path(args.clusters_filename))
-            if state is not None and not np.array_equal(cluster, state["cluster"]):
-                raise InputError(
-                    f"--clusters_filename={args.clusters_filename} has other clusters than the model was trained with, "
-                    f"which {saved} holds. Leave the flag out, or remove that file to count anew."
-                )
-        else:
-            assert state is not None
-            cluster = state["cluster"]
+        cluster = state["cluster"] if path is None and state is not None else read_clusters(Path(path))
+        if state is not None and not np.array_equal(cluster, state["cluster"]):
+            raise InputError(
+                f"--clusters_filename={path} has other clusters than the model was trained with, which {saved} holds. "
+                f"Leave the flag out, or remove that file to count anew."
+            )
         if len(cluster) < len(tokenizer):
             raise InputError(
                 f"there are {len(cluster)} clusters' numbers for {len(tokenizer)} tokens; --clusters_filename must "
                 f"have a line for each."
             )
         ordinary = TextEncoder(tokenizer).ordinary_ids
-        clusters = Clusters(torch.from_numpy(cluster), torch.from_numpy(ordinary), args.beta)
+        clusters = Clusters(torch.from_numpy(cluster), torch.from_numpy(ordinary), self.args.beta)
         if state is not None:
             clusters.counts.copy_(torch.from_numpy(state["counts"]))
         return clusters

@@ -1,8 +1,9 @@
 """From flags to a tokenizer, a config and a model with heads, for every architecture that has Auto classes."""
 
+import contextlib
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,28 +143,34 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
     base = load_config(args, tasks, tokenizer)
     for task in tasks:
         config = type(base).from_dict(base.to_dict() | task.model_config())
-        try:
+        with _made_for(task, args.pre_trained_model or base.model_type):
             models[task.name] = task.make_model(_of_task(args.pre_trained_model, task.name), config)
-        except InputError:
-            raise
-        except Exception as error:  # the same
-            raise InputError(
-                f"cannot make a model for {task.name} of {args.pre_trained_model or base.model_type}: "
-                f"{brief(' '.join(str(error).split()), 500)}"
-            ) from error
     heads = Heads(models)
     for task in tasks:
-        source = _of_task(args.pre_trained_model, task.name)
-        if (beside := task.make_beside(heads.models[task.name], source, tokenizer)) is not None:
-            heads.beside[task.name] = beside
-    heads.train()  # from_pretrained leaves models in evaluation mode, without dropout
+        with _made_for(task, args.pre_trained_model or base.model_type):
+            source = _of_task(args.pre_trained_model, task.name)
+            if (beside := task.make_beside(heads.models[task.name], source, tokenizer)) is not None:
+                heads.beside[task.name] = beside
     if args.gradient_checkpointing:
         for model in (heads.backbone, *(model for model in heads.beside.values() if hasattr(model, "base_model"))):
             newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
             (newer or model.gradient_checkpointing_enable)()  # type: ignore[operator]
     if args.compile:
         heads.compile_backbone(args.dynamo_fallback_eager)
-    return heads
+    return heads.train()  # what comes from a checkpoint comes in evaluation mode, and Lightning leaves it so
+
+
+@contextlib.contextmanager
+def _made_for(task: Task, of: str) -> Iterator[None]:
+    """Whatever goes wrong in making a model is an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers and the hub raise all kinds
+        raise InputError(
+            f"cannot make a model for {task.name} of {of}: {brief(' '.join(str(error).split()), 500)}"
+        ) from error
 
 
 def _of_task(source: str | None, task: str) -> str | None:

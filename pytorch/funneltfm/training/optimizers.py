@@ -226,9 +226,10 @@ def _keep_tables_exact(model: nn.Module) -> None:
     manager = GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding | EmbeddingLookup):
-            manager.override_config(module.weight, "optim_bits", 32)
-            # It knows parameters by their id, for ever; the id of a table that is gone may become another's.
-            weakref.finalize(module.weight, manager.pid2config.pop, id(module.weight), None)
+            for table in module.parameters():  # module.weight, or what that is computed from
+                manager.override_config(table, "optim_bits", 32)
+                # It knows parameters by their id, for ever; the id of a table that is gone may become another's.
+                weakref.finalize(table, manager.pid2config.pop, id(table), None)
 
 
 MAKERS: dict[str, Callable[[list[dict[str, Any]], Any], Optimizer]] = {

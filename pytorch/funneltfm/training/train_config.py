@@ -16,7 +16,8 @@ class PipelineFlags:
 
     pipeline: str | None = None
     """What to learn: seq_class, token_class (pos_tagging, named_entity_recognition), question_answering,
-    multiple_choice, answer_selection, retrieval, masked_lm, or several joined with +, such as masked_lm+seq_class.
+    multiple_choice, answer_selection, retrieval, masked_lm, electra, random_token_detection,
+    cluster_random_token_detection, or several joined with +, such as masked_lm+seq_class.
     """
     name: str | None = None
     """Name of the run, and of its folders in output_dir. Default: PIPELINE-MODEL."""
@@ -50,6 +51,12 @@ class ModelFlags:
     """Tokenizer: a folder, a name, a tokenizer.json, or a vocab.txt."""
     pre_trained_config: str | None = None
     """Config: a folder, a config.json, or a name. Alone it means training from scratch."""
+    pre_trained_generator_model: str | None = None
+    """electra: checkpoint of the generator, a model with a masked language modelling head and the same vocabulary.
+    Default: the one in the folder of pre_trained_model, or a smaller discriminator (generator_size), from scratch.
+    """
+    pre_trained_generator_config: str | None = None
+    """electra: config of the generator, which is trained from scratch: a folder, a config.json, or a name."""
     additional_config_kwargs: tuple[str, ...] = ()
     """Keys of the config to set, as in hidden_size=128 hidden_dropout_prob=0.0; values are read as YAML."""
     max_sequence_length: int = 128
@@ -106,6 +113,10 @@ class DatasetFlags:
     """Rows to keep for prediction."""
     predict_shard_dataset: int | None = None
     """Keep every n-th row for prediction only."""
+    clusters_filename: str | None = None
+    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster. A model
+    that was trained so has its own.
+    """
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a broken row of a text file, or a question whose answer is not where it should be: stop, or skip
     it and say how many were skipped.
