@@ -59,7 +59,7 @@ def save_pretrained(model: nn.Module, folder: Path) -> None:
                 inner = f"{name}.parametrizations.{tensor}."
                 state = {key: value for key, value in state.items() if not key.startswith(inner)}
                 state[f"{name}.{tensor}"] = getattr(module, tensor).detach()
-    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
 
 
 class Heads(nn.Module):
