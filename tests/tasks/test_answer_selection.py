@@ -249,7 +249,7 @@ def test_a_query_without_an_answer_is_an_error_on_demand(tokenizers):
     task = task_of(metrics_empty_target_action="error")
     features, _ = features_of(task, rows, tokenizers["bert_like"])
     records = [{"logits": np.zeros(2, np.float32)}] * 4
-    with pytest.raises(InputError, match=r"line 3: its query has no right candidate.*skip, neg or pos"):
+    with pytest.raises(InputError, match=r"row 3: its query has no right candidate.*skip, neg or pos"):
         task.score(records, features, rows)
     for action, expected in (("skip", 0.75), ("neg", 0.375), ("pos", 0.875)):
         task = task_of(metrics_empty_target_action=action)

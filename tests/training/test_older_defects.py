@@ -1,0 +1,296 @@
+"""The 22 defects of the framework whose flags and folders we keep, by their numbers: none of them is here."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.requirements import Requirement
+from torch import nn
+
+from funneltfm.cli.flags import FlagParser
+from funneltfm.data.features import TrainLoader
+from funneltfm.data.text import TextEncoder, get_text_tokenizer
+from funneltfm.tasks.base import Collate, Prepare, encode_rows, make_tasks
+from funneltfm.tasks.retrieval import PAIR_LOSSES
+from funneltfm.training.model_source import make_heads
+from funneltfm.training.optimizer_flags import READS
+from funneltfm.training.optimizers import make_optimizer, make_scheduler
+from funneltfm.training.outputs import Outputs
+from funneltfm.training.train import StepSampler, predict, train
+from funneltfm.training.train_config import TRAIN_GROUPS, make_train_args
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "home", "who", "where", "red", "blue", "?", "."]
+TINY = ("hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32")
+TEXTS = [{"text": f"the {a} {b} home", "label": int(a == "cat")} for a in ("cat", "dog") for b in ("sat", "ran")] * 3
+PAIRS = [
+    {"q": q, "a": a, "label": int(a == "the red cat")}
+    for q in ("who sat ?", "where ?")
+    for a in ("the red cat", "a mat", "the dog ran")
+]
+QUESTIONS = [
+    {"question": "who sat ?", "context": "the cat sat .", "answers": {"text": ["cat"], "answer_start": [4]}},
+    {"question": "who ran ?", "context": "a dog ran home", "answers": {"text": ["dog"], "answer_start": [2]}},
+]
+
+
+def files(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Flags of a tiny run on these rows."""
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": "bert", "name": "run", "additional_config_kwargs": TINY, "pre_trained_tokenizer": str(vocabulary),
+        "output_dir": str(folder / "out"), "train_dataset": (str(data),), "valid_dataset": str(data),
+        "max_sequence_length": 24, "batch_size": 4, "max_epochs": 2, "learning_rate": 1e-2,
+    }  # fmt: skip
+
+
+def heads_of(folder: Path, pipeline: str, **more: Any) -> Any:
+    args = make_train_args(**files(folder, TEXTS) | {"pipeline": pipeline, **more})
+    tasks = make_tasks(pipeline, args)
+    for task in tasks:
+        task.learn(TEXTS)
+    tokenizer = get_text_tokenizer(args.pre_trained_tokenizer)
+    return args, tasks, tokenizer, make_heads(args, tasks, tokenizer)
+
+
+def batch_of(folder: Path, pipeline: str) -> Any:
+    _, tasks, tokenizer, heads = heads_of(folder, pipeline)
+    text = TextEncoder(tokenizer, 16)
+    features = encode_rows(tasks, TEXTS, text, "data")
+    examples = [Prepare(tasks, text, 1)(features[i], 0) for i in range(len(features))]
+    return tasks, heads, Collate(tasks, tokenizer)(examples)
+
+
+def test_01_the_setup_reads_files_that_are_there():
+    named = set(re.findall(r"\$ROOT/([\w.-]+)", (ROOT / "scripts/setup.sh").read_text())) - {".venv"}
+    assert {"pyproject.toml", "constraints.txt"} <= named
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_02_requirements_are_valid_and_pin_and_fetch_nothing():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [
+        *project["dependencies"],
+        *(line for lines in project["optional-dependencies"].values() for line in lines),
+    ]:
+        requirement = Requirement(line)
+        assert requirement.url is None
+        assert not any(spec.operator in ("==", "===") for spec in requirement.specifier)
+
+
+def test_03_no_optional_dependency_is_imported():
+    optional = "deepspeed bitsandbytes boto3 sentence_transformers numba blingfire ray wandb apex tensorflow datasets"
+    code = (
+        f"import sys, funneltfm, funneltfm.training.train; print([m for m in {optional.split()} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "pytorch"
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_04_what_is_imported_of_transformers_is_there():
+    found = 0
+    for path in (ROOT / "pytorch/funneltfm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), (path, node.lineno)
+                found += 1
+    assert found
+
+
+def test_05_help_lists_every_flag():
+    parser = FlagParser(TRAIN_GROUPS, prog="funneltfm train", description="")
+    text = parser.format_help()
+    assert len(parser.flag_names) > 100
+    assert all(f"--{name} " in text for name in parser.flag_names)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with the defaults of devices, workers and folders, on a machine without a network."""
+    folder = tmp_path_factory.mktemp("run")
+
+    def connect(self, address):
+        raise AssertionError(f"the run asked {address}")
+
+    flags = files(folder, TEXTS) | {"pipeline": "seq_class", "precision": "16", "weight_decay": 0.1}
+    flags |= {"test_dataset": flags["valid_dataset"]}
+    del flags["output_dir"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(socket.socket, "connect", connect)
+        results = train(**flags)
+    return folder, results
+
+
+def test_06_workers_and_devices_have_defaults_that_work(run):
+    _, results = run
+    assert (results["processes"], results["steps"]) == (1, 6)
+
+
+def test_07_precision_16(run):
+    _, results = run
+    assert results["precision"] == "16-mixed"
+
+
+def test_08_nothing_is_written_outside_of_the_outputs_and_nothing_removed(run):
+    folder, _ = run
+    assert {path.name for path in folder.iterdir()} == {"vocab.txt", "rows.jsonl", "outputs"}
+    defaults = FlagParser(TRAIN_GROUPS, prog="train", description="").defaults.values()
+    assert not any(isinstance(value, str) and value.startswith("/") for value in defaults)
+
+
+@pytest.mark.parametrize("scheduler", READS["scheduler"])
+def test_09_every_schedule_runs_to_its_end(scheduler):
+    more = {"sqrt_decay": {"num_warmup_steps": 1}, "polynomial_decay_layerwise": {"layerwise_lr_decay": 0.9}}
+    args = make_train_args(pipeline="seq_class", scheduler=scheduler, **more.get(scheduler, {}))
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
+                                   num_attention_heads=2, intermediate_size=8))  # fmt: skip
+    optimizer = make_optimizer(model, args)
+    schedule = make_scheduler(optimizer, args, 8, 4)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[-1]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) > 0
+    assert optimizer.param_groups[-1]["lr"] == (rates[0] if scheduler == "constant" else 0)
+
+
+def test_10_the_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(**files(tmp_path, TEXTS), pipeline="seq_class", log_every_n_steps=1)
+    shown = capsys.readouterr().err
+    assert "training" in shown
+    assert "6/6" in shown
+    train(**files(tmp_path, TEXTS), pipeline="seq_class", overwrite=True, enable_progress_bar=False)
+    assert "6/6" not in capsys.readouterr().err
+
+
+def test_11_jsonl_in_predictions_out(run):
+    folder, _ = run
+    lines = (Outputs(folder / "outputs", "run").predictions / "test.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [row["label"] for row in TEXTS]
+
+
+def test_12_resume_and_test_on_the_best(run):
+    folder, results = run
+    out = Outputs(folder / "outputs", "run")
+    assert results["test"] == results["valid"]  # the same rows: of the same model
+    assert results["best"] == results["valid"]["seq_class/accuracy"]
+    for path in out.checkpoints.iterdir():
+        torch.load(path, weights_only=True)
+    again = train(name="run", output_dir=str(out.root), resume=True)
+    assert again["test"] == results["test"]
+
+
+def test_13_biases_and_norms_train_under_weight_decay(tmp_path):
+    args, _, _, heads = heads_of(tmp_path, "seq_class", weight_decay=0.1)
+    optimizer = make_optimizer(heads, args)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+    before = {name: p.detach().clone() for name, p in heads.named_parameters()}
+    for parameter in heads.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(not torch.equal(before[name], p) for name, p in heads.named_parameters())
+
+
+@pytest.mark.parametrize("pipeline", ["masked_lm", "masked_lm+seq_class"])
+def test_14_an_encoder_gets_what_it_takes(tmp_path, pipeline):
+    """Whatever an objective adds to its examples, the model sees input_ids and their like alone."""
+    _, heads, batch = batch_of(tmp_path, pipeline)
+    assert batch["inputs"].keys() <= inspect.signature(heads.backbone.forward).parameters.keys()
+    heads(batch["inputs"])
+
+
+def test_15_models_that_share_weights_are_whole_when_they_are_tied(tmp_path):
+    tasks, heads, batch = batch_of(tmp_path, "masked_lm+seq_class")
+    masked, classifier = heads.models["masked_lm"], heads.models["seq_class"]
+    table = classifier.get_input_embeddings().weight
+    assert masked.get_input_embeddings().weight is table
+    assert masked.get_output_embeddings().weight is table
+    hidden = heads(batch["inputs"])
+    sum(task.loss(task.logits(heads.models[task.name], hidden, batch), batch) for task in tasks).backward()
+    assert table.grad is not None
+
+
+def test_16_one_process_evaluates_predicts_and_streams(tmp_path):
+    flags = files(tmp_path, QUESTIONS) | {"pipeline": "question_answering", "doc_stride": 2, "streaming": True}
+    results = train(**flags | {"max_epochs": None, "max_steps": 2, "batch_size": 2})
+    assert set(results["valid"]) >= {"question_answering/exact_match", "question_answering/f1"}
+    best = str(Outputs(tmp_path / "out", "run").best)
+    assert len(predict(pre_trained_model=best, predict_dataset=flags["valid_dataset"])) == 2
+
+
+def test_17_answer_selection_without_an_index_column(tmp_path):
+    flags = files(tmp_path, PAIRS) | {"pipeline": "answer_selection", "input_columns": ("q", "a")}
+    results = train(**flags)
+    assert 0 < results["valid"]["answer_selection/mean_average_precision"] <= 1
+    lines = (Outputs(tmp_path / "out", "run").predictions / "valid.jsonl").read_text().splitlines()
+    assert [json.loads(line)["query"] for line in lines] == [0, 0, 0, 1, 1, 1]  # equal questions are one query
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_18_a_loss_is_a_scalar(name):
+    cosine = torch.tensor([0.3, -0.2], requires_grad=True)
+    loss = PAIR_LOSSES[name](cosine, torch.tensor([1, 0]), 0.5)
+    assert loss.shape == ()
+    loss.backward()
+    assert cosine.grad is not None
+
+
+def test_19_a_model_with_shared_tensors_is_saved_and_is_the_same(tmp_path):
+    _, _, _, heads = heads_of(tmp_path, "masked_lm")
+    model: nn.Module = heads.models["masked_lm"]
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_20_masks_are_of_the_seed_and_the_epoch_whatever_the_workers(tmp_path):
+    _, tasks, tokenizer, _ = heads_of(tmp_path, "masked_lm")
+    text = TextEncoder(tokenizer, 16)
+    features = encode_rows(tasks, TEXTS * 4, text, "data")
+
+    def masks(seed: int, epoch: int, workers: int) -> list[list[int]]:
+        batches, prepare = StepSampler(features.lengths, 6, 0), Prepare(tasks, text, seed)
+        loader = TrainLoader(features, Collate(tasks, tokenizer), batches, prepare, num_workers=workers)
+        loader.sampler.set_epoch(epoch)
+        torch.rand(1)  # what the process draws elsewhere changes nothing
+        found = [pair for b in loader for pair in zip(b["index"].tolist(), b["masked_lm_labels"].tolist(), strict=True)]
+        return [labels for _, labels in sorted(found)]
+
+    assert masks(1, 0, 0) == masks(1, 0, 2)
+    assert masks(1, 1, 0) == masks(1, 1, 2)
+    assert masks(1, 0, 0) != masks(1, 1, 0)
+    assert masks(1, 0, 0) != masks(2, 0, 0)
+
+
+def test_21_scores_need_no_download(run):
+    """The whole run had no network."""
+    _, results = run
+    assert results["test"]
+
+
+def test_22_defaults_are_whole(tmp_path):
+    """k candidates with the default head, apart, of queries that have fewer."""
+    rows = [row for row in PAIRS if row["q"] == "where ?" or row["a"] != "a mat"]
+    flags = files(tmp_path, rows) | {"pipeline": "answer_selection", "input_columns": ("q", "a"), "k": 3}
+    results = train(**flags, separated=True, pad_to_k=True)
+    assert 0 < results["valid"]["answer_selection/mean_average_precision"] <= 1
