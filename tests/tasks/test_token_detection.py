@@ -316,6 +316,7 @@ def test_counts_are_kept_with_the_model(tiny_tokenizer: Any, make_config: Any, t
     path.write_text("".join(f"{i % 2}\n" for i in range(len(tiny_tokenizer))))
     flags = {"pre_trained_model": str(best), "clusters_filename": str(path), "name": "other", "max_epochs": 1}
     flags |= {"pipeline": "cluster_random_token_detection", "output_dir": str(tmp_path), "accelerator": "cpu"}
+    flags |= {"max_sequence_length": 32}
     with pytest.raises(InputError, match="has other clusters than the model was trained with"):
         train(train_dataset=[str(tmp_path / "data.jsonl")], **flags)
 

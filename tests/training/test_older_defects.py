@@ -170,6 +170,9 @@ def test_09_every_schedule_runs_to_its_end(scheduler):
         optimizer.step()
         schedule.step()
     assert max(rates) > 0
+    if scheduler == "one_cycle":  # torch's own: the last step has its end
+        assert 0 < rates[-1] < max(rates) / 1e5
+        return
     assert optimizer.param_groups[-1]["lr"] == (rates[0] if scheduler == "constant" else 0)
 
 
@@ -178,9 +181,9 @@ def test_10_the_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     train(**files(tmp_path, TEXTS), pipeline="seq_class", log_every_n_steps=1)
     shown = capsys.readouterr().err
     assert "training" in shown
-    assert "6/6" in shown
+    assert "6/6 [" in shown
     train(**files(tmp_path, TEXTS), pipeline="seq_class", overwrite=True, enable_progress_bar=False)
-    assert "6/6" not in capsys.readouterr().err
+    assert "6/6 [" not in capsys.readouterr().err
 
 
 def test_11_jsonl_in_predictions_out(run):

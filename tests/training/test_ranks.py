@@ -270,7 +270,7 @@ def agreements() -> dict[str, Any]:
 def two(folder: Path) -> None:
     """All that the tests below look at."""
     os.chdir(folder)
-    with ranks.joined(ranks.find_place(1, 0, None), "gloo"), engine._quiet():
+    with ranks.joined(ranks.find_place(1, 0, None), "gloo"), engine.quiet():
         rank = ranks.rank()
         Path(f"agreements.{rank}.json").write_text(json.dumps(agreements()), encoding="utf-8")
         steps = {name: train(name, alone=False) for name in STEPS}

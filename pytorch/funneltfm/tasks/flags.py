@@ -302,5 +302,6 @@ def check_task_flags(names: Sequence[str], given: frozenset[str]) -> None:
     for flag in sorted((given & known) - read):
         readers = [name for name, (_, reads) in TASKS.items() if flag in reads]
         raise InputError(f"--{flag} is read by {', '.join(readers)}, not by {'+'.join(names)}. Leave it out.")
-    if len(names) == 1 and (weights := sorted(flag for flag in given & known if flag.endswith("_weight"))):
+    weights = sorted(flag for flag in given & known if flag.endswith("_weight"))
+    if weights and len(names) == 1 and names[0] != "electra":  # which has two losses by itself
         raise InputError(f"--{weights[0]} weighs the losses of several tasks, and there is {names[0]} alone.")
