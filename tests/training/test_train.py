@@ -238,6 +238,22 @@ def test_a_mixture_is_saved_by_task_and_goes_on_from_there(data, tmp_path):
     assert again["test"] == pytest.approx(results["test"], abs=1e-6)
 
 
+def test_a_pretrained_model_is_trained_with_dropout(data, tmp_path, monkeypatch):
+    """from_pretrained leaves models in evaluation mode, and Lightning leaves them as they are."""
+    modes = []
+    step = train_module.TaskModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        modes.append(all(module.training for module in self.heads.modules()))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(train_module.TaskModule, "training_step", training_step)
+    train(**flags(data, tmp_path, max_steps=2))
+    trained = {"pre_trained_model": str(Outputs(tmp_path, "run").best), "model": None, "name": "again"}
+    train(**flags(data, tmp_path, max_steps=2, additional_config_kwargs=("hidden_act=gelu",), **trained))
+    assert modes == [True] * 4
+
+
 # ---- several processes, several seeds
 
 

@@ -155,7 +155,7 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
                 f"cannot make a model for {task.name} of {args.pre_trained_model or base.model_type}: "
                 f"{brief(' '.join(str(error).split()), 500)}"
             ) from error
-    heads = Heads(models)
+    heads = Heads(models).train()  # from_pretrained leaves models in evaluation mode, without dropout
     takes = inspect.signature(heads.backbone.forward).parameters
     if args.extended_token_type_ids and "token_type_ids" not in takes:
         raise InputError(f"--extended_token_type_ids: a model of the type {base.model_type} has no token types.")
