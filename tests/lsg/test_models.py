@@ -302,6 +302,17 @@ def test_hidden_states(model_type, pass_on, tiny, texts):
         assert [state.shape[1] for state in out.hidden_states] == [37] * 3
 
 
+@pytest.mark.parametrize("model_type", ["albert", "bert", "distilbert", "roberta"])
+def test_a_base_model_says_what_it_takes(model_type, tiny, base_config):
+    """Callers look at the signature for token_type_ids, inputs_embeds, ..."""
+    import inspect
+
+    from transformers import AutoModel
+
+    names = inspect.signature(tiny(model_type).forward).parameters
+    assert list(names) == list(inspect.signature(AutoModel.from_config(base_config(model_type)).forward).parameters)
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_attention_weights_are_refused(model_type, tiny, texts):
     with pytest.raises(InputError, match="no weights to show"):

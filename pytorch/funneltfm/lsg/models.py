@@ -5,7 +5,9 @@ An LSG model is the base model, with its names, whose embedding puts global toke
 """
 
 import importlib
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -382,7 +384,18 @@ def model_class(model_type: str, name: str) -> Any:
     row = MODEL_TYPES[model_type]
     is_base = name == f"{row.prefix}Model" and not row.is_encoder_decoder
     mixins = (LSGModel, *[LSGBaseModel] * is_base, *[LSGGenerates] * issubclass(base, GenerationMixin))
-    return _here(f"LSG{name}", (*mixins, base), config_class=config_class(model_type))
+    own = {"forward": _signed(LSGBaseModel.forward, base)} if is_base else {}
+    return _here(f"LSG{name}", (*mixins, base), config_class=config_class(model_type), **own)
+
+
+def _signed(forward: Callable[..., Any], base: type) -> Callable[..., Any]:
+    """`forward` with the signature of a base model's, by which callers see what it takes (token_type_ids, say)."""
+
+    def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    signed.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return signed
 
 
 def _install(model: Any) -> None:

@@ -91,7 +91,7 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             f"the tokenizer has {len(tokenizer)} pieces, the model {config.vocab_size}: they do not belong together."
         )
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in _POSITIONS_AFTER_PAD:
+    if limit is not None and config.model_type.removeprefix("lsg-") in _POSITIONS_AFTER_PAD:
         limit -= config.pad_token_id + 1
     n_texts = args.k + 1 if args.separated else 1
     if limit is not None and 0 < limit < args.max_sequence_length * n_texts:
