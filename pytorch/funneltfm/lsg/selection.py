@@ -126,6 +126,9 @@ def _take(key: Tensor, value: Tensor, visible: Tensor | None, rows: Tensor) -> S
     """The tokens `rows` (B, N, T/f) or (N, T/f) of each head."""
     rows = rows.expand(*key.shape[:2], -1)
     seen = None if visible is None else visible.expand(*key.shape[:3]).gather(2, rows)
+    if torch.compiler.is_compiling():  # which would make an instance of the function, and warn of it
+        at = rows[..., None].expand(*rows.shape, key.shape[3])
+        return key.gather(2, at), value.gather(2, at), seen
     return _TakeRows.apply(key, rows), _TakeRows.apply(value, rows), seen
 
 
