@@ -148,6 +148,29 @@ def test_steps_at_the_top_before_the_fall_with_the_root() -> None:
     assert seen[29:] == pytest.approx(whole[29:])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "tf_adamw", "adafactor"])
+def test_one_cycle_by_layer(optimizer: str) -> None:
+    """Every group has its own peak; beta1 is lowest there, where the optimizer has one."""
+    model = nn.Sequential(nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)]))
+    shape = {"one_cycle_pct_start": 0.4, "one_cycle_div_factor": 10.0, "one_cycle_final_div_factor": 100.0}
+    args = make(scheduler="one_cycle", optimizer=optimizer, learning_rate=0.5, layerwise_lr_decay=0.5, **shape)
+    adam = make_optimizer(model, args)
+    scheduler = make_scheduler(adam, args, 10)
+    seen, betas = [], []
+    for _ in range(10):
+        seen.append([group["lr"] for group in adam.param_groups])
+        betas.append(adam.param_groups[0].get("betas", (None,))[0])
+        adam.step()
+        scheduler.step()
+    assert len(seen[0]) == 2
+    for group, peak in zip(zip(*seen, strict=True), (0.25, 0.125), strict=True):
+        assert group[3] == max(group) == pytest.approx(peak)
+        assert (group[0], group[-1]) == pytest.approx((peak / 10, peak / 1000))
+    assert optimizer == "adafactor" or (betas[0], betas[3], betas[9]) == pytest.approx((0.95, 0.85, 0.95))
+    with pytest.raises(InputError, match="needs to know how long the run is"):
+        make_scheduler(adam, args, None)
+
+
 @pytest.mark.parametrize("flags", [{"scheduler_frequency": 10}, {"scheduler_interval": "epoch"}])
 def test_falls_now_and_then_over_the_same_run(flags: dict[str, Any]) -> None:
     """The older framework stepped its schedule less often and so never came to the end of it."""
@@ -314,11 +337,13 @@ def test_the_update_is_the_formula(name: str) -> None:
         torch.testing.assert_close(p.detach(), expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("scheduler", [None, "cosine", "polynomial_decay_layerwise"])
+@pytest.mark.parametrize("scheduler", [None, "cosine", "polynomial_decay_layerwise", "one_cycle"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_resumed_run_is_equal_bit_by_bit(name: str, scheduler: str | None) -> None:
     schedule: dict[str, Any] = {"scheduler": scheduler, "layerwise_lr_decay": 0.9} if scheduler else {}
-    args = make(optimizer=name.split()[0], weight_decay=0.1, num_warmup_steps=2, **ONE_OF_EACH[name][0], **schedule)
+    if scheduler != "one_cycle":
+        schedule["num_warmup_steps"] = 2
+    args = make(optimizer=name.split()[0], weight_decay=0.1, **ONE_OF_EACH[name][0], **schedule)
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -647,4 +672,5 @@ def test_a_model_without_layers_cannot_tell_them_apart() -> None:
 
 def test_every_choice_can_be_made() -> None:
     assert set(MAKERS) == set(READS["optimizer"])
-    assert set(CURVES) == set(READS["scheduler"]) == set(FORMULAS)
+    assert set(READS["scheduler"]) == {*CURVES, "one_cycle"}
+    assert set(CURVES) == set(FORMULAS)

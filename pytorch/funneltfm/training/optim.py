@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -83,7 +83,7 @@ def make_schedule(optimizer: Optimizer, total: int, warmup_prop: float, lr: floa
 def make_one_cycle(
     optimizer: Optimizer,
     total: int,
-    max_lr: float,
+    max_lr: float | Sequence[float],
     pct_start: float = 0.3,
     anneal: Literal["linear", "cos"] = "linear",
     betas: tuple[float, float] = (0.85, 0.95),
@@ -92,19 +92,23 @@ def make_one_cycle(
 ) -> OneCycleLR:
     """One cycle over `total` optimizer steps (Smith and Topin, 2018): the rate rises from max_lr / div_factor to max_lr
     over the first `pct_start` of them, then falls to max_lr / div_factor / final_div_factor at the last. Momentum (of
-    Adam beta1) goes the other way, between the two `betas`.
+    Adam beta1) goes the other way, between the two `betas`; an optimizer that has none goes without.
+
+    max_lr: one for all groups of parameters, or one for each.
     """
-    if not 0 < pct_start < 1 or max_lr <= 0 or not 0 <= betas[0] <= betas[1] < 1:
+    highest = max_lr if isinstance(max_lr, Sequence) else [max_lr]
+    if not 0 < pct_start < 1 or min(highest) <= 0 or not 0 <= betas[0] <= betas[1] < 1:
         raise InputError(
             f"one cycle needs max_lr above 0, pct_start between 0 and 1, and betas from low to high, below 1; got "
             f"{max_lr}, {pct_start} and {betas}."
         )
     return OneCycleLR(
         optimizer,
-        max_lr,
+        list(max_lr) if isinstance(max_lr, Sequence) else max_lr,
         total_steps=total,
         pct_start=pct_start,
         anneal_strategy=anneal,
+        cycle_momentum=not optimizer.defaults.keys().isdisjoint(("betas", "momentum")),
         base_momentum=betas[0],
         max_momentum=betas[1],
         div_factor=div_factor,

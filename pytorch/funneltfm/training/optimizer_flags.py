@@ -71,22 +71,35 @@ class SchedulerFlags:
         "sqrt_decay",
         "polynomial_decay",
         "normal_decay",
+        "one_cycle",
     ] = "linear_decay"
     """How the learning rate falls from learning_rate, after the warm-up, to end_learning_rate at the end of the run:
     in a line, as half a cosine wave, as a power of what is left (polynomial_decay; polynomial_decay_layerwise needs
     layerwise_lr_decay too), as one over the root of the steps (sqrt_decay), as a bell curve (normal_decay), or not at
-    all (constant).
+    all (constant). one_cycle rises to learning_rate and falls again, and momentum goes the other way.
     """
     num_warmup_steps: int | float = 0
-    """Steps in which the learning rate rises from 0; a number with a point, such as 0.1, is a share of the run."""
+    """Steps in which the learning rate rises from 0; a number with a point, such as 0.1, is a share of the run. Of
+    every schedule but one_cycle.
+    """
     end_learning_rate: float = 0.0
-    """Learning rate at the end of the run, of every schedule but constant."""
+    """Learning rate at the end of the run, of every schedule but constant and one_cycle."""
     num_cycles: int = 1
     """cosine: how many times the learning rate falls; each time but the first it starts at learning_rate again."""
     decay_power: float = field(default=1.0, metadata={"alias": "--lr_decay_power"})
     """polynomial_decay, polynomial_decay_layerwise: the power; 1 is a line."""
     num_constant_steps: int = 0
     """sqrt_decay: steps at learning_rate between warm-up and fall."""
+    one_cycle_pct_start: float = 0.3
+    """one_cycle: share of the run in which the learning rate rises."""
+    one_cycle_anneal: Literal["linear", "cos"] = "linear"
+    """one_cycle: rise and fall in a line, or as half a cosine wave."""
+    one_cycle_betas: tuple[float, ...] = (0.85, 0.95)
+    """one_cycle: beta1 of the optimizer at the highest learning rate, and at the ends of the run."""
+    one_cycle_div_factor: float = 25.0
+    """one_cycle: the learning rate begins at learning_rate divided by this."""
+    one_cycle_final_div_factor: float = 10_000.0
+    """one_cycle: it ends at the one it began with divided by this."""
     scheduler_interval: Literal["step", "epoch"] = "step"
     """Whether the learning rate falls in steps or in epochs. The warm-up is in steps either way."""
     scheduler_frequency: int = 1
@@ -94,7 +107,8 @@ class SchedulerFlags:
 
 
 _ADAMW = ("adamw_epsilon", "adamw_betas")
-_DECAY = ("end_learning_rate", "scheduler_interval", "scheduler_frequency")
+_WARMUP = ("num_warmup_steps",)
+_DECAY = (*_WARMUP, "end_learning_rate", "scheduler_interval", "scheduler_frequency")
 # Which flags are read by an optimizer or a schedule; what no line names is read by all.
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizer": {
@@ -109,13 +123,17 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "adamw8bit": _ADAMW,
     },
     "scheduler": {
-        "constant": (),
+        "constant": _WARMUP,
         "cosine": (*_DECAY, "num_cycles"),
         "polynomial_decay_layerwise": (*_DECAY, "decay_power"),
         "linear_decay": _DECAY,
         "sqrt_decay": (*_DECAY, "num_constant_steps"),
         "polynomial_decay": (*_DECAY, "decay_power"),
         "normal_decay": _DECAY,
+        "one_cycle": (
+            *("one_cycle_pct_start", "one_cycle_anneal", "one_cycle_betas", "one_cycle_div_factor"),
+            "one_cycle_final_div_factor",
+        ),
     },
 }
 
@@ -123,14 +141,15 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         (
             *("learning_rate", "adamw_epsilon", "fuse_adam_epsilon", "tfadamw_epsilon", "adafactor_epsilon"),
-            *("adafactor_clip_threshold", "num_cycles", "decay_power", "scheduler_frequency"),
+            *("adafactor_clip_threshold", "num_cycles", "decay_power", "scheduler_frequency", "one_cycle_div_factor"),
+            "one_cycle_final_div_factor",
         ),
         lambda x: x > 0,
         "more than 0",
     ),
     (("weight_decay", "end_learning_rate", "num_constant_steps"), lambda x: x >= 0, "at least 0"),
     (
-        ("adamw_betas", "fuse_adam_betas", "tfadamw_betas", "adafactor_beta1"),
+        ("adamw_betas", "fuse_adam_betas", "tfadamw_betas", "adafactor_beta1", "one_cycle_betas"),
         lambda x: 0 <= x < 1,
         "at least 0 and less than 1",
     ),
@@ -162,7 +181,7 @@ def check_optimizer_flags(args: Any) -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not fits(number):
                     raise InputError(f"{name} must be {expected}; got {number}.")
-    for name in ("adamw_betas", "fuse_adam_betas", "tfadamw_betas", "adafactor_epsilon"):
+    for name in ("adamw_betas", "fuse_adam_betas", "tfadamw_betas", "adafactor_epsilon", "one_cycle_betas"):
         if len(getattr(args, name)) != 2:
             raise InputError(f"{name} must be two numbers; got {len(getattr(args, name))}.")
     if args.adafactor_epsilon[1] != OptimizerFlags.adafactor_epsilon[1] and not args.adafactor_scale_parameter:
@@ -177,6 +196,8 @@ def check_optimizer_flags(args: Any) -> None:
             "--scheduler polynomial_decay_layerwise needs --layerwise_lr_decay below 1, such as 0.9; "
             "polynomial_decay is the one without layers."
         )
+    if args.optimizer == "adafactor" and "one_cycle_betas" in args.given:
+        raise InputError("--one_cycle_betas moves beta1 of an optimizer of the Adam family; adafactor keeps its own.")
     if args.scheduler == "sqrt_decay" and not (args.num_warmup_steps or args.num_constant_steps):
         raise InputError(
             "--scheduler sqrt_decay falls with one over the root of the steps since the start, and has to know from "

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from funneltfm.errors import InputError
 from funneltfm.funnel.ops import EmbeddingLookup
-from funneltfm.training.optim import decay_groups, linear, warmup_decay
+from funneltfm.training.optim import decay_groups, linear, make_one_cycle, warmup_decay
 from funneltfm.training.optimizer_flags import check_optimizer_flags
 
 # ---- parameter groups
@@ -312,14 +312,14 @@ CURVES: dict[str, Callable[[int, int, int, Any], float]] = {
 
 def make_scheduler(
     optimizer: Optimizer, args: Any, total_steps: int | None, steps_per_epoch: int | None = None
-) -> LambdaLR:
+) -> LRScheduler:
     """The schedule that the flags name, to be stepped after every step of the optimizer, whatever scheduler_interval
     and scheduler_frequency say: the schedule itself stays where it is between them.
 
     total_steps: steps of the optimizer in the run; None is unknown. steps_per_epoch: those in an epoch. Raises
     InputError for a warm-up that is longer than the run, and where the flags need to know a length that is not known.
     With the shape f of CURVES, end e and layer's rate lr, the learning rate is lr (e + (1 - e) f), e being
-    end_learning_rate / learning_rate.
+    end_learning_rate / learning_rate. one_cycle is torch's own.
     """
     check_optimizer_flags(args)
     warmup, constant = args.num_warmup_steps, args.num_constant_steps
@@ -330,6 +330,17 @@ def make_scheduler(
                 "the training data do not tell: give --max_steps."
             )
         total_steps = warmup
+    if args.scheduler == "one_cycle":
+        return make_one_cycle(
+            optimizer,
+            total_steps,
+            [group["lr"] for group in optimizer.param_groups],
+            pct_start=args.one_cycle_pct_start,
+            anneal=args.one_cycle_anneal,
+            betas=args.one_cycle_betas,
+            div_factor=args.one_cycle_div_factor,
+            final_div_factor=args.one_cycle_final_div_factor,
+        )
     if isinstance(warmup, float):
         warmup = round(warmup * total_steps)
     if warmup + constant > total_steps:
