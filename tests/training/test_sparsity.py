@@ -728,6 +728,19 @@ def test_a_model_that_has_masks_keeps_them() -> None:
     assert same(before, masks_of(model))
 
 
+def test_a_config_does_not_replace_the_masks_of_a_folder(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    attach(bert := Bert(), SparsityConfig(sparsity=0.75, seed=5))
+    save_sparse(bert.bert, tmp_path)
+    before = {weight.name: weight.mask.clone() for weight in sparse_weights(bert)}
+    again = Bert()
+    again.bert = BertForSequenceClassification.from_pretrained(tmp_path).train()
+    fit(StaticSparsity(SparsityConfig(sparsity=0.2)), model=again)
+    assert same(before, {weight.name: weight.mask for weight in sparse_weights(again)})
+
+
 def test_masks_are_applied_before_the_first_step() -> None:
     torch.manual_seed(0)
     model = Toy()
@@ -820,6 +833,13 @@ def test_strategies_that_cut_weights_up_are_refused() -> None:
     trainer = SimpleNamespace(callbacks=[callback], strategy=FSDPStrategy())
     with pytest.raises(InputError, match="runs on one device or with DDP, not with FSDPStrategy"):
         callback.setup(trainer, Learner(Toy()), "fit")  # type: ignore[arg-type]
+
+
+def test_masks_that_would_never_change_are_no_rigl() -> None:
+    with pytest.raises(InputError, match="no step from 0 to 9 is a multiple of 10"):
+        fit(RigL(HALF, every=10))
+    with pytest.raises(InputError, match="pruning would end at step 13, but the run ends at step 12"):
+        fit(GradualPruning(HALF, start=2, end=13, every=2))
 
 
 def test_masks_of_another_pattern_are_refused() -> None:

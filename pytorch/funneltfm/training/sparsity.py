@@ -61,7 +61,7 @@ class StaticSparsity(Callback):
 
     config: makes a dense model sparse before training. None: the model is sparse already, or was loaded by
         `from_pretrained` from a folder that holds masks, which are then taken from there; a dense model stays dense.
-        A model that has masks keeps them, whatever config says.
+        A model that has masks, or whose folder has, keeps them, whatever config says.
 
     Several of the callbacks below work together in one run; one config is enough for all of them.
     """
@@ -108,7 +108,7 @@ class StaticSparsity(Callback):
                 f"{type(averaging[0]).__name__} averages models whose masks differ: that is not sparse. Train "
                 f"without it, or with masks that stay (StaticSparsity)."
             )
-        if sparse_weights(module):
+        if sparse_weights(module) or restore(module):
             if self.config is not None:
                 log.info("the model has masks already; they stay.")
         elif self.config is not None:
@@ -116,7 +116,7 @@ class StaticSparsity(Callback):
             for callback in team:
                 config = callback.first_config(config)
             attach(module, config)
-        elif not _restore(module) and any(callback.needs_masks for callback in team):
+        elif any(callback.needs_masks for callback in team):
             raise InputError("the model has no masks: give a SparsityConfig, or load a sparse model.")
         # DDP would send every mask at every forward pass. They are equal because they are made equal; that is checked.
         names = [f"{weight.name}{SUFFIX}" for weight in sparse_weights(module)]
@@ -196,14 +196,21 @@ class StaticSparsity(Callback):
         return Pattern("unstructured" if self.config is None else self.config.pattern)
 
 
-def _restore(module: nn.Module) -> bool:
-    """Masks from the folder that a model of `transformers` was loaded from."""
+def restore(module: nn.Module) -> bool:
+    """Give the models of `transformers` in a module the masks of the folders that they were loaded from; whether there
+    were any.
+    """
+    seen: set[int] = set()
+    found = False
     for part in module.modules():
         folder = getattr(part, "name_or_path", None)
-        if isinstance(folder, str) and folder and Path(folder).is_dir() and restore_masks(part, folder):
+        if id(part) in seen or not (isinstance(folder, str) and folder and Path(folder).is_dir()):
+            continue
+        seen |= {id(inner) for inner in part.modules()}
+        if restore_masks(part, folder):
             log.info("the model is sparse: its masks are those in %s.", folder)
-            return True
-    return False
+            found = True
+    return found
 
 
 def _mask(held: Held) -> None:
@@ -329,6 +336,11 @@ class RigL(StaticSparsity):
             raise InputError(f"scope='global' moves weights between matrices, which {self.pattern().name} forbids.")
         for weight, _ in held:
             check_groups(weight, self.pattern())
+        if self.last // self.every * self.every < max(1, self.first) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                f"the masks would never change: no step from {self.first} to {self.last} is a multiple of "
+                f"{self.every}. Give a smaller interval (every), or train for longer."
+            )
 
     def forget(self) -> None:
         self._pending = False
@@ -437,6 +449,10 @@ class GradualPruning(StaticSparsity):
         self.first, self.last = _step_of("start", self.start, total), _step_of("end", self.end, total)
         if self.last <= self.first:
             raise InputError(f"end must come after start; they are the steps {self.last} and {self.first}.")
+        if self.last > total:
+            raise InputError(
+                f"pruning would end at step {self.last}, but the run ends at step {total:g}: train longer."
+            )
         pattern = self.pattern()
         rooms = [weight.room(pattern) for weight, _ in held]
         on = {weight.name: int(weight.units_on(pattern).sum(dim=1).max()) for weight, _ in held}
