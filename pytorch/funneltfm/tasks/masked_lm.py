@@ -24,6 +24,7 @@ class MaskedLM(Task):
     main_metric = "perplexity"
     lower_is_better = True
     corrupts = True
+    distils = True
 
     def __init__(self, args: Any):
         super().__init__(args)
