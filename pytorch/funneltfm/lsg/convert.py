@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from funneltfm.errors import InputError, brief
 from funneltfm.lsg.models import ALIASES, AUTO_CLASSES, MODEL_TYPES, base_class, config_class, lsg_config, model_class
 from funneltfm.lsg.settings import LSG_KEYS, NUM_GLOBAL_ROWS, LSGSettings
+from funneltfm.sparse.export import restore_masks
 
 
 class LSGConverter:
@@ -85,6 +86,8 @@ class LSGConverter:
             source = _load(base, path, token, config=config)
             model = model_class(model_type, name)(target)
             self._fill(model, source, model_type, tokenizer, is_lsg)
+        if Path(path).is_dir():
+            restore_masks(model, path)  # of a sparse model
         if source.can_generate():
             model.generation_config = source.generation_config
         tokenizer.model_max_length = self.max_sequence_length

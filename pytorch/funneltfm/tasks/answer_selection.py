@@ -64,6 +64,10 @@ class AnswerSelection(Task):
         self._training_rows: Iterable[Row] | None = None
         self._candidates: Candidates | None = None  # of the training data, to draw from
 
+    @property
+    def distils(self) -> bool:  # type: ignore[override]
+        return self.args.k is None
+
     # ---- data
 
     def learn(self, rows: Iterable[Row]) -> None:

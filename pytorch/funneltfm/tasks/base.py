@@ -48,6 +48,9 @@ class Task:
     masks: ClassVar[bool] = False
     """It needs a mask token."""
 
+    distils: bool = False
+    """`taught` gives what teachers can be compared by."""
+
     def __init__(self, args: Any):
         self.args = args
         self.reader: Task = self  # of a mixture, the task whose texts all read
@@ -128,6 +131,10 @@ class Task:
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Must. The mean loss, a scalar."""
         raise NotImplementedError
+
+    def taught(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits (N, C): of each choice among C classes that the loss counts."""
+        return logits
 
     def size(self, batch: Batch) -> float | None:
         """How much of what the loss is a mean over is in a batch (tokens, say); None: its examples."""

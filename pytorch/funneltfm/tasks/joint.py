@@ -194,6 +194,8 @@ class JointModel(nn.Module):
 
     base_model_prefix = "encoder"
     head_file = "joint_head.safetensors"
+    name_or_path = ""
+    """Where it was loaded from."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -224,7 +226,8 @@ class JointModel(nn.Module):
         from safetensors.torch import save_file
 
         self.encoder.save_pretrained(folder)  # type: ignore[operator]
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()}, self._in(folder))
+        state = {f"head.{name}": t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()}
+        save_file(state, self._in(folder))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, config: Any = None) -> "JointModel":
@@ -235,6 +238,7 @@ class JointModel(nn.Module):
 
         own = transformers.AutoConfig.from_pretrained(source)
         model = cls(encoder_of(source, config or own))
+        model.name_or_path = str(source)
         file = cls._in(source)
         if file.is_file():
             keys = ("classification_head_type", "joint_k", "num_labels")
@@ -242,7 +246,9 @@ class JointModel(nn.Module):
             if saved == wanted:
                 from safetensors.torch import load_file
 
-                model.head.load_state_dict(load_file(file))
+                known = model.head.state_dict()  # the file of a sparse model has masks too
+                state = {name.removeprefix("head."): tensor for name, tensor in load_file(file).items()}
+                model.head.load_state_dict({name: state[name] for name in known})
             else:
                 log.warning("the head in %s is left, a new one begins: it has %s, wanted is %s", source, saved, wanted)
         return model

@@ -45,6 +45,7 @@ class MaskedLM(Corrupting):
     auto = "AutoModelForMaskedLM"
     main_metric = "perplexity"
     masks = True
+    distils = True
 
     # ---- data
 

@@ -41,6 +41,7 @@ class MultipleChoice(Task):
     name = "multiple_choice"
     auto = "AutoModelForMultipleChoice"
     main_metric = "accuracy"
+    distils = True
     blank: ClassVar[str | None] = "_"
     """Beside an article, the first blank of a question is replaced by the option; one without a blank is followed by
     the option, after a space. This is how XLNet was finetuned on RACE, and Funnel-Transformer after it. None: the

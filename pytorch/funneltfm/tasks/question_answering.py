@@ -58,6 +58,7 @@ class QuestionAnswering(Task):
     name = "question_answering"
     auto = "AutoModelForQuestionAnswering"
     main_metric = "f1"
+    distils = True
 
     def __init__(self, args: Any):
         super().__init__(args)
@@ -189,6 +190,10 @@ class QuestionAnswering(Task):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return self._losses(logits, batch).mean()
+
+    def taught(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Starts and ends, each among the tokens."""
+        return logits.flatten(0, 1)
 
     def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """(B,): mean of start and end."""

@@ -37,6 +37,10 @@ class SeqClass(Task):
     def main_metric(self) -> str:  # type: ignore[override]
         return "pearson" if self.args.regression else "accuracy"
 
+    @property
+    def distils(self) -> bool:  # type: ignore[override]
+        return not self.args.regression
+
     # ---- data
 
     def learn(self, rows: Iterable[Row]) -> None:

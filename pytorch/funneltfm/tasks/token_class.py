@@ -34,6 +34,7 @@ class TokenClass(Task):
     name = "token_class"
     auto = "AutoModelForTokenClassification"
     words = True
+    distils = True
 
     def __init__(self, args: Any):
         super().__init__(args)
@@ -134,6 +135,9 @@ class TokenClass(Task):
         labels = batch["token_class_labels"]
         chosen = labels != IGNORED
         return mean(*self._losses(logits[chosen], labels[chosen]))
+
+    def taught(self, logits: Tensor, batch: Batch) -> Tensor:
+        return logits[batch["token_class_labels"] != IGNORED]
 
     def size(self, batch: Batch) -> float | None:
         if (labels := batch.get("token_class_labels")) is None:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -66,7 +66,8 @@ class History(Callback):
 
     path: metrics.csv; None writes none. total: steps in the run, None without an end. per_epoch: in an epoch.
     log_every: between rows. main: name of the metric that selects the best, where `lower` is better or higher. ids:
-    each training example's own id. advice: what to try when training diverges.
+    each training example's own id. advice: what to try when training diverges. since: from which step on a model can
+    be the best.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class History(Callback):
         ids: Sequence[str] | np.ndarray,
         advice: str,
         lower: bool = False,
+        since: Callable[[], int] = lambda: 0,
     ):
+        self.since = since
         self.path, self.total, self.per_epoch, self.log_every = path, total, per_epoch, log_every
         self.main, self.lower, self.ids, self.advice = main, lower, ids, advice
         self.rows: list[dict[str, float]] = []
@@ -99,10 +102,10 @@ class History(Callback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the best main metric, the earliest of equals."""
-        scored = (row for row in self.rows if self.main in row)
+        """The row with the best main metric, the earliest of equals; empty where there is none yet."""
+        scored = (row for row in self.rows if self.main in row and row["step"] >= self.since())
         choose = min if self.lower else max
-        return choose(scored, key=lambda row: np.float32(row[self.main]))  # as ModelCheckpoint compares
+        return choose(scored, key=lambda row: np.float32(row[self.main]), default={})  # as ModelCheckpoint compares
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -204,7 +207,15 @@ class History(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Knows its best also after the run's folder has moved; Lightning's own would forget it."""
+    """Knows its best also after the run's folder has moved; Lightning's own would forget it. `since()`: the step from
+    which on a model can be the best.
+    """
+
+    since: Callable[[], int] = staticmethod(lambda: 0)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.global_step >= self.since():
+            super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:

@@ -26,7 +26,7 @@ _POSITIONS_AFTER_PAD = {"roberta", "camembert", "xlm-roberta", "xlm-roberta-xl",
 
 def load_tokenizer(args: Args, tasks: Sequence[Task]) -> Any:
     """The tokenizer that --pre_trained_tokenizer names, or that of the model or config."""
-    path = args.pre_trained_tokenizer or _of_task(args.pre_trained_model, tasks[0].name) or args.pre_trained_config
+    path = args.pre_trained_tokenizer or of_task(args.pre_trained_model, tasks[0].name) or args.pre_trained_config
     if path is None:
         raise InputError(
             "name the tokenizer: --pre_trained_tokenizer (a folder, a tokenizer.json, a vocab.txt, or a name on the "
@@ -43,7 +43,7 @@ def load_config(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Any:
     import transformers
 
     wanted = None if args.model is None else MODEL_TYPES.get(args.model, args.model)
-    source = args.pre_trained_config or _of_task(args.pre_trained_model, tasks[0].name)
+    source = args.pre_trained_config or of_task(args.pre_trained_model, tasks[0].name)
     if source is not None:
         try:
             config = transformers.AutoConfig.from_pretrained(source)
@@ -90,17 +90,22 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} pieces, the model {config.vocab_size}: they do not belong together."
         )
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type.removeprefix("lsg-") in _POSITIONS_AFTER_PAD:
-        limit -= config.pad_token_id + 1
+    limit = n_positions(config)
     n_texts = args.k + 1 if args.separated else 1
-    if limit is not None and 0 < limit < args.max_sequence_length * n_texts:
+    if 0 < limit < args.max_sequence_length * n_texts:
         times = f" for each of {n_texts} texts" if n_texts > 1 else ""
         raise InputError(
             f"--max_sequence_length={args.max_sequence_length}{times}, but the model takes {limit} tokens. Lower it, "
             f"or from scratch give --additional_config_kwargs max_position_embeddings=N."
         )
     return config
+
+
+def n_positions(config: Any) -> int:
+    """Tokens that a model of this config takes; 0 or less: any number."""
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    after_pad = limit > 0 and config.model_type.removeprefix("lsg-") in _POSITIONS_AFTER_PAD
+    return limit - (config.pad_token_id + 1) if after_pad else limit
 
 
 def additional_kwargs(words: Sequence[str]) -> dict[str, Any]:
@@ -144,11 +149,11 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
     for task in tasks:
         config = type(base).from_dict(base.to_dict() | task.model_config())
         with _made_for(task, args.pre_trained_model or base.model_type):
-            models[task.name] = task.make_model(_of_task(args.pre_trained_model, task.name), config)
+            models[task.name] = task.make_model(of_task(args.pre_trained_model, task.name), config)
     heads = Heads(models)
     for task in tasks:
         with _made_for(task, args.pre_trained_model or base.model_type):
-            source = _of_task(args.pre_trained_model, task.name)
+            source = of_task(args.pre_trained_model, task.name)
             if (beside := task.make_beside(heads.models[task.name], source, tokenizer)) is not None:
                 heads.beside[task.name] = beside
     if args.gradient_checkpointing:
@@ -173,7 +178,7 @@ def _made_for(task: Task, of: str) -> Iterator[None]:
         ) from error
 
 
-def _of_task(source: str | None, task: str) -> str | None:
+def of_task(source: str | None, task: str) -> str | None:
     """The folder of a task in that of a mixture, where `source` is one."""
     if source is not None and (Path(source) / task / "config.json").is_file():
         return str(Path(source) / task)

@@ -183,6 +183,7 @@ def model_card(args: Args, results: dict[str, Any]) -> str:
         f"Trained by `funneltfm train --pipeline {args.pipeline}` from "
         f"{args.pre_trained_model or 'scratch'}: {results['parameters']:,} parameters, {results['steps']} steps.",
         "",
+        *_density_lines(results),
         "| split | score | value |",
         "|---|---|---|",
     ]
@@ -191,6 +192,16 @@ def model_card(args: Args, results: dict[str, Any]) -> str:
     lines += ["", "Flags:", "", "```yaml"]
     lines += [f"{name}: {value}" for name, value in given_flags(args).items()]
     return "\n".join([*lines, "```", ""])
+
+
+def _density_lines(results: dict[str, Any]) -> list[str]:
+    if not (density := results.get("density")):
+        return []
+    return [
+        f"Sparse: {density['mask']:.2%} of the weights with masks are on, {density['model']:.2%} of the whole model. "
+        "The masks are in the folder, beside exact zeros.",
+        "",
+    ]
 
 
 def write_model_card(folder: Path, args: Args, results: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from funneltfm.tasks.base import Record, Row, Task, full_name
 from funneltfm.tasks.heads import Heads
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import logs_at
+from funneltfm.training.distillation import Teachers, for_encoder
 from funneltfm.training.optimizers import make_optimizer, make_scheduler
 from funneltfm.training.pipeline import ExactResume
+from funneltfm.training.sparse_run import density_of
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +48,23 @@ class TaskModule(ExactResume):
 
     total_steps, steps_per_epoch: optimizer steps of the run, None where it has no end, and of an epoch; to be set
     before training. (Lightning's own estimate makes the loaders before their state is restored, which is then lost.)
+    teachers: what training distils from.
     """
 
-    def __init__(self, heads: Heads, tasks: Sequence[Task], args: Any, splits: dict[str, Split]):
+    def __init__(
+        self,
+        heads: Heads,
+        tasks: Sequence[Task],
+        args: Any,
+        splits: dict[str, Split],
+        teachers: Teachers | None = None,
+    ):
         super().__init__()
         self.heads = heads
         self.tasks = tasks
         self.args = args
         self.splits = splits
+        self.teachers = teachers
         self.stage = "valid"
         self.total_steps: int | None = None
         self.steps_per_epoch = 0
@@ -72,14 +83,28 @@ class TaskModule(ExactResume):
         """The batch as the encoder has seen it, and the logits of each task."""
         for task in tasks:
             batch = task.corrupt(self.heads.of_task(task.name)[1], batch)
-        hidden = self.heads(batch["inputs"])
+        hidden = self.heads(for_encoder(self.heads, batch)["inputs"])
         return batch, {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in tasks}
 
     # ---- training
 
+    def on_fit_start(self) -> None:
+        if self.teachers is not None:
+            self.teachers.to(self.device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        said = {} if self.teachers is None else self.teachers.logits(batch)
         batch, logits = self.run(self.tasks, batch)
         losses = {name: loss for task in self.tasks for name, loss in task.losses(logits[task.name], batch).items()}
+        parts: dict[str, Tensor] = {}
+        if self.teachers is not None:
+            progress = min(1.0, self.global_step / max(1, (self.total_steps or 1) - 1))
+            for task in self.tasks:
+                hard = losses[task.name]
+                losses[task.name], soft = self.teachers.loss(
+                    task, logits[task.name], said[task.name], hard, batch, progress
+                )
+                parts |= {f"{task.name}/hard_loss": hard, f"{task.name}/soft_loss": soft}
         shares = self._shares(batch)
         loss = torch.zeros((), device=self.device)
         for name, value in losses.items():
@@ -90,6 +115,8 @@ class TaskModule(ExactResume):
                 task.update(self.heads.of_task(task.name)[1], logits[task.name].detach(), batch)
         if logs_at(self.global_step + 1, self.args.log_every_n_steps, self.total_steps) and not self.args.barebones:
             self.train_scores = {f"train/{name}/loss": value.item() for name, value in losses.items()}
+            self.train_scores |= {f"train/{name}": value.item() for name, value in parts.items()}
+            self.train_scores |= {f"density/{name}": value for name, value in density_of(self.heads).items()}
             with torch.no_grad():
                 for task in self.tasks:
                     for name, score in task.train_scores(logits[task.name].detach(), batch).items():

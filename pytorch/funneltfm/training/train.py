@@ -37,6 +37,7 @@ from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, flag_fields, read_yaml, typed_args
+from funneltfm.training.distillation import Teachers
 from funneltfm.training.launch import start_here
 from funneltfm.training.model_source import load_tokenizer, make_heads, model_name
 from funneltfm.training.outputs import (
@@ -52,6 +53,8 @@ from funneltfm.training.outputs import (
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.predictions import write_rows
 from funneltfm.training.runlog import log_file, log_ranks, quiet
+from funneltfm.training.sparse_run import density_of, sparsity_callbacks
+from funneltfm.training.sparsity import GradualPruning, StaticSparsity, restore
 from funneltfm.training.task_module import Split, TaskModule
 from funneltfm.training.train_config import PREDICT_GROUPS, TRAIN_GROUPS, make_predict_args, make_train_args
 
@@ -229,6 +232,11 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
     resume_from = ranks.main_decides(lambda: _resume_from(args, outputs))
     heads = ranks.main_first(lambda: make_heads(args, tasks, tokenizer))
     text.check_types(n_token_types(heads.backbone))
+    restore(heads)
+    teachers = None
+    if args.distill_from is not None:
+        teachers = ranks.main_first(lambda: Teachers(args, tasks, text))
+    sparsity = [] if args.train_dataset is None else sparsity_callbacks(args, heads)
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     if ranks.is_main() and not args.fast_dev_run:
@@ -245,16 +253,17 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
         n_param = sum(p.numel() for p in heads.parameters())
         sizes = ", ".join(f"{len(split.features)} {name}" for name, split in splits.items())
         log.info("%s: %s examples; %s parameters; %s", args.name, sizes, f"{n_param:,}", outputs.run)
-        module = TaskModule(heads, tasks, args, splits)
+        module = TaskModule(heads, tasks, args, splits, teachers)
         results: dict[str, Any] = {"name": args.name, "pipeline": args.pipeline, "seed": args.seed}
         if args.train_dataset is not None:
-            results |= _fit(args, module, text, outputs, draw, resume_from)
+            results |= _fit(args, module, text, outputs, draw, resume_from, sparsity)
         for stage in [name for name in splits if name != "train" and _limit(args, name) != 0]:
             evaluate(args, module, text, stage)
             if module.scores[stage]:
                 results[stage] = module.scores[stage]
         results |= {
             "parameters": n_param,
+            **({"density": density} if (density := density_of(heads)) else {}),
             "processes": ranks.size(),
             "precision": args.precision,
             "versions": _versions(),
@@ -370,9 +379,10 @@ def _loading(args: Args) -> dict[str, Any]:
     return {"num_workers": args.num_workers, "pin_memory": pin, "persistent_workers": args.num_workers > 0}
 
 
-def _collate(args: Args, module: TaskModule, text: TextEncoder) -> Collate:
+def _collate(args: Args, module: TaskModule, text: TextEncoder, teachers: Teachers | None = None) -> Collate:
     length = args.max_sequence_length if args.pad_to_max_length else None
-    return Collate(module.tasks, text.tokenizer, length, token_types=n_token_types(module.heads.backbone) > 1)
+    token_types = n_token_types(module.heads.backbone) > 1 or (teachers is not None and teachers.token_types)
+    return Collate(module.tasks, text.tokenizer, length, token_types=token_types)
 
 
 def _train_loader(
@@ -391,7 +401,8 @@ def _train_loader(
         draw=None if draw is None else lambda epoch: draw.epoch(args.seed, epoch),
     )
     prepare = Prepare(module.tasks, text, args.seed)
-    loader = TrainLoader(train.features, _collate(args, module, text), batches, prepare, args.seed, **_loading(args))
+    collate = _collate(args, module, text, module.teachers)
+    loader = TrainLoader(train.features, collate, batches, prepare, args.seed, **_loading(args))
     return loader, [str(int(row)) for row in train.features.plain["row"]]
 
 
@@ -403,7 +414,7 @@ def _stream_loader(
         source,
         functools.partial(encode_rows, module.tasks, text=text, where=f"{source}, a batch of the stream"),
         Prepare(module.tasks, text, args.seed),
-        _collate(args, module, text),
+        _collate(args, module, text, module.teachers),
         args.batch_size,
         args.seed,
         args.max_steps * args.accumulate_grad_batches,
@@ -419,7 +430,13 @@ def _stream_loader(
 
 
 def _fit(
-    args: Args, module: TaskModule, text: TextEncoder, outputs: Outputs, draw: Mixture | None, resume_from: Path | None
+    args: Args,
+    module: TaskModule,
+    text: TextEncoder,
+    outputs: Outputs,
+    draw: Mixture | None,
+    resume_from: Path | None,
+    sparsity: Sequence[StaticSparsity],
 ) -> dict[str, Any]:
     """Train, and load the best weights into the module; what there is to tell about it."""
     if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
@@ -433,15 +450,24 @@ def _fit(
     _check_interval(args, len(loader))
     per_epoch, total = _steps(args, len(loader))
     module.total_steps, module.steps_per_epoch = total, per_epoch
+    if total is None and any(len(x) > 1 for x in (args.distill_weight, args.distill_temperature)):
+        raise InputError("a distill_weight or distill_temperature that changes needs a run with an end: --max_steps.")
     advice = "lower --learning_rate, raise --num_warmup_steps, or set --gradient_clip_val"
     metrics = outputs.run / "metrics.csv" if "csv" in args.loggers else None
-    history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower)
+
+    def since() -> int:  # before, a model that is pruned is denser than what is wanted
+        return max((one.last for one in sparsity if isinstance(one, GradualPruning)), default=0)
+
+    history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower, since)
     save = SaveRun(outputs, args.checkpoint_interval or (0 if valid else per_epoch), set())
     keeps = not args.fast_dev_run and not args.barebones
     module.monitor = main if valid and keeps else None
-    callbacks: list[Callback] = [history, Progress(history, args.enable_progress_bar)] if keeps else []
+    callbacks: list[Callback] = list(sparsity)
+    if keeps:
+        callbacks += [history, Progress(history, args.enable_progress_bar)]
     if valid and keeps:
-        callbacks.append(_best(outputs, main, lower))
+        callbacks.append(best := _best(outputs, main, lower))
+        best.since = since
     if valid and args.early_stopping:
         mode = "min" if lower else "max"
         callbacks.append(Patience(main, patience=args.patience, mode=mode, check_on_train_epoch_end=False))
@@ -498,7 +524,7 @@ def _fit(
         "train_seconds": round(history.train_seconds, 2),
         "examples_per_second": round(history.examples_per_second, 1),
     }
-    if args.stochastic_weight_averaging or not any(main in row for row in history.rows):
+    if args.stochastic_weight_averaging or not history.best:
         return facts
     module.load_state_dict(ranks.main_decides(lambda: best_state(outputs)))
     return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}

@@ -8,6 +8,7 @@ from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, check_task_flags, task_names
 from funneltfm.training.config import Args, Group, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
+from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +243,8 @@ TRAIN_GROUPS: tuple[Group, ...] = (
     *TASK_GROUPS,
     ("Optimizer", OptimizerFlags, ()),
     ("Learning rate", SchedulerFlags, ()),
+    ("Sparse training", SparsityFlags, ()),
+    ("Distillation", DistillFlags, ()),
     ("Lightning's trainer", TrainerFlags, ()),
     ("What is kept", KeepFlags, ()),
 )
@@ -276,6 +279,7 @@ def make_train_args(**flags: Any) -> Args:
         raise InputError("say what to learn: --pipeline seq_class, for one; --help lists them.")
     _check_ranges(args)
     check_optimizer_flags(args)
+    check_sparsity_flags(args)
     if args.precision not in _PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(_PRECISIONS)}; got {args.precision!r}.")
     args.precision = _PRECISIONS[args.precision]
@@ -401,7 +405,7 @@ def _check_ranges(args: Args) -> None:
         if not 0 <= seed < 2**32:
             raise InputError(f"seeds must be from 0 to {2**32 - 1}; got {seed}.")
     for name, value in args.flags().items():
-        if name.endswith("_weight") and value is not None and value < 0:
+        if name.endswith("_weight") and isinstance(value, float) and value < 0:
             raise InputError(f"{name} must not be negative; got {value}.")
     if args.temperature <= 0:
         raise InputError(f"temperature must be more than 0; got {args.temperature}.")

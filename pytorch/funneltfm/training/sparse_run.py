@@ -1,0 +1,88 @@
+"""From the flags of `funneltfm train` to sparsity callbacks, and what a run tells of its density."""
+
+from typing import Any
+
+from torch import nn
+
+from funneltfm.errors import InputError
+from funneltfm.sparse.config import SparsityConfig
+from funneltfm.sparse.masks import densities
+from funneltfm.training.sparsity import GradualPruning, RigL, StaticSparsity
+
+# Of masks that are yet to be made.
+_FRESH = ("init", "rescale", "distribution", "include", "exclude", "embeddings")
+
+
+def sparsity_callbacks(args: Any, model: nn.Module) -> list[StaticSparsity]:
+    """The callbacks of a run. model: what is trained; masks that it has stay, with or without flags. Raises InputError
+    where the flags ask for other masks than these.
+    """
+    if args.sparsity is None:
+        return [StaticSparsity()] if densities(model).weights else []
+    config = sparsity_config(args)
+    begin, end = args.sparsity_begin, args.sparsity_end
+    end = 0.75 if end is None else end
+    if args.sparsity_method == "gradual":
+        begin, curve = 0.25 if begin is None else begin, args.sparsity_schedule or "cubic"
+        return [GradualPruning(config, start=begin, end=end, every=args.sparsity_interval, curve=curve)]
+    _check_masks(args, model)
+    if args.sparsity_method == "static":
+        return [StaticSparsity(config)]
+    return [
+        RigL(
+            config,
+            drop=args.rigl_drop,
+            every=args.sparsity_interval,
+            begin=0 if begin is None else begin,
+            end=end,
+            anneal=args.sparsity_schedule or "cosine",
+            grow=args.rigl_grow,
+            scope=args.rigl_scope,
+            moments=args.rigl_moments,
+        )
+    ]
+
+
+def sparsity_config(args: Any) -> SparsityConfig:
+    """What the flags ask for."""
+    init = args.sparsity_init
+    if args.sparsity_method == "gradual":
+        init = "dense"
+    elif init is None:
+        trained = args.pre_trained_model is not None or args.sparsity_distribution == "global"
+        init = "magnitude" if trained and not args.sparsity_rescale else "random"
+    return SparsityConfig(
+        sparsity=args.sparsity,
+        include=args.sparsity_include,
+        exclude=args.sparsity_exclude,
+        embeddings=args.sparsity_embeddings,
+        distribution=args.sparsity_distribution,
+        pattern=args.sparsity_pattern,
+        count=args.sparsity_count,
+        init=init,
+        rescale=args.sparsity_rescale,
+        seed=args.seed,
+    )
+
+
+def _check_masks(args: Any, model: nn.Module) -> None:
+    """Masks that are there must be what the flags ask for."""
+    found = densities(model)
+    if not found.weights:
+        return
+    has = 1 - (found.model if args.sparsity_count == "model" else found.sparse).mask_density
+    if given := [f"--sparsity_{name}" for name in _FRESH if f"sparsity_{name}" in args.given]:
+        raise InputError(
+            f"{given[0]} is about new masks, and {args.pre_trained_model} has masks, which stay. Leave it out."
+        )
+    if abs(has - args.sparsity) > 0.01:
+        raise InputError(
+            f"--sparsity={args.sparsity:g}, but the masks of {args.pre_trained_model} have {has:.4f}, and they stay. "
+            f"Give that, or prune further with --sparsity_method gradual."
+        )
+
+
+def density_of(model: nn.Module) -> dict[str, float]:
+    """Shares that are on: "mask" of the weights with masks, "model" of the whole model; empty for a dense one."""
+    found = densities(model)
+    return {"mask": found.sparse.mask_density, "model": found.model.mask_density} if found.weights else {}
