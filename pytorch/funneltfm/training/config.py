@@ -169,6 +169,10 @@ class DeviceFlags:
     """How GPUs talk to each other; CPUs always use gloo."""
     ddp_backend: Literal["apex", "pytorch"] = "pytorch"
     """Data parallelism of PyTorch, or that of apex (and its fused optimizer) where the installed apex has them."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What processes share out: ddp the examples; fsdp also weights, gradients and optimizer state (fp32, or --amp_opt
+    O1 with --bf16).
+    """
     launcher: Literal["local", "ray"] = "local"
     """Who starts the processes: this machine, or the Ray cluster at RAY_ADDRESS (a local one where there is none)."""
     log_all_processes: bool = False
@@ -297,6 +301,13 @@ def _check(args: Args) -> None:
         raise InputError(f"distributed_port must be between 1 and 65535; got {args.distributed_port}.")
     if args.fp16 and args.bf16:
         raise InputError("fp16 and bf16 exclude each other; give one.")
+    if args.strategy == "fsdp":
+        half = args.fp16 or (args.bf16 and args.amp_opt != "O1")
+        if (half and args.amp_opt != "O0") or args.launcher == "ray" or args.ddp_backend == "apex":
+            raise InputError(
+                "--strategy fsdp goes with fp32 weights (no half precision, or --bf16 --amp_opt O1), and not with "
+                "--launcher ray or --ddp_backend apex."
+            )
 
 
 def read_yaml(path: str | os.PathLike[str], what: str, loader: str = "SafeLoader") -> Any:

@@ -154,12 +154,15 @@ class SaveModels(Callback):
             self._save(trainer, module)
 
     def _save(self, trainer: lightning.Trainer, module: Any) -> None:
-        if not ranks.is_main() or self.args.save_total_limit == 0:
+        if self.args.save_total_limit == 0:
+            return
+        heads = module.whole("heads")
+        if not ranks.is_main():
             return
         folder = self.outputs.models / f"ckpt_epoch_{trainer.current_epoch}_step_{trainer.global_step}"
         if folder.exists() or folder.with_name(f"{folder.name}_final").exists():
             return
-        save_model(module.heads, module.tasks, self.tokenizer, self.args, folder)
+        save_model(heads, module.tasks, self.tokenizer, self.args, folder)
         if self.args.save_total_limit is not None:
             folders = self.outputs.models.iterdir()
             numbered = [(int(m[1]), path) for path in folders if (m := _STEP.fullmatch(path.name))]

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,12 @@ from funneltfm.tasks.classification import Classification
 from funneltfm.training import ranks
 from funneltfm.training.optim import make_adamw, make_schedule
 from funneltfm.training.precision import AmpPrecision
+from funneltfm.training.sharding import Shardable
 
 log = logging.getLogger(__name__)
 
 
-class ExactResume(lightning.LightningModule):
+class ExactResume(Shardable):
     """A module whose dropout goes on, after resuming, with the random numbers that it would have had: a resumed run
     equals an uninterrupted one.
     """
@@ -28,7 +28,7 @@ class ExactResume(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         precision = self.trainer.precision_plugin
-        if isinstance(precision, AmpPrecision):
+        if isinstance(precision, AmpPrecision) and precision.meaning.half:
             checkpoint["state_dict"] = precision.exact_state(self)
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":

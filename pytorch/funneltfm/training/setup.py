@@ -27,6 +27,7 @@ from funneltfm.training.config import MODEL_SKIP, Args, make_args, read_yaml, si
 from funneltfm.training.optim import from_apex
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.rundir import RunDir, find_run, read_labels
+from funneltfm.training.sharding import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -375,4 +376,4 @@ def _strategy(args: Args) -> Any:
         from ray.train.lightning import RayDDPStrategy
 
         return RayDDPStrategy()
-    return DDPStrategy()
+    return ShardedStrategy() if args.strategy == "fsdp" else DDPStrategy()

@@ -32,7 +32,7 @@ from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
-from funneltfm.tasks.heads import n_token_types
+from funneltfm.tasks.heads import Heads, n_token_types
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
@@ -53,6 +53,7 @@ from funneltfm.training.outputs import (
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.predictions import write_rows
 from funneltfm.training.runlog import log_file, log_ranks, quiet
+from funneltfm.training.sharding import ShardedStrategy
 from funneltfm.training.sparse_run import density_of, sparsity_callbacks
 from funneltfm.training.sparsity import GradualPruning, StaticSparsity, restore
 from funneltfm.training.task_module import Split, TaskModule
@@ -268,8 +269,9 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
             "precision": args.precision,
             "versions": _versions(),
         }
+        heads = module.whole("heads")
         if ranks.is_main() and not args.fast_dev_run:
-            _write(args, module, tokenizer, outputs, results)
+            _write(args, heads, module, tokenizer, outputs, results)
         if ranks.is_main():
             log.info("\n%s\n", results_table(results))
     return results
@@ -515,9 +517,10 @@ def _fit(
         raise KeyboardInterrupt(f"--resume --name={args.name} goes on from the last checkpoint.") from None
     if not keeps:
         return {"steps": trainer.global_step}
+    heads = module.whole("heads")
     if ranks.is_main():
         epoch = max(0, trainer.current_epoch - 1)
-        save_final_model(module.heads, module.tasks, text.tokenizer, args, outputs, epoch, trainer.global_step)
+        save_final_model(heads, module.tasks, text.tokenizer, args, outputs, epoch, trainer.global_step)
     facts = {
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
@@ -526,7 +529,7 @@ def _fit(
     }
     if args.stochastic_weight_averaging or not history.best:
         return facts
-    module.load_state_dict(ranks.main_decides(lambda: best_state(outputs)))
+    module.load_whole(ranks.main_decides(lambda: best_state(outputs)))
     return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}
 
 
@@ -637,11 +640,14 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
     precision: str | None = args.precision
     if args.precision == "16-mixed" and on_cpu:  # Lightning's own would silently be bf16 there
         plugins, precision = [*plugins, AmpPrecision("O1", torch.float16, "cpu")], None
-    kwargs["strategy"] = args.strategy
+    if args.strategy == "fsdp" and ranks.size() == 1:
+        log.info("--strategy fsdp with one process: there is nothing to share out.")
+    kwargs["strategy"] = "auto" if args.strategy == "fsdp" else args.strategy
     if ranks.size() > 1:
         kwargs |= {"num_nodes": ranks.size() // ranks.local_size(), "devices": numbers or ranks.local_size()}
         plugins = [*plugins, TorchElasticEnvironment()]
-        kwargs["strategy"] = "ddp" if args.strategy == "auto" else args.strategy
+        by_name: dict[str, Any] = {"auto": "ddp", "fsdp": ShardedStrategy()}
+        kwargs["strategy"] = by_name.get(args.strategy, args.strategy)
     else:
         kwargs["devices"] = 1 if args.devices == "auto" else args.devices
         plugins = [*plugins, LightningEnvironment()]
@@ -703,9 +709,11 @@ def _of_split(module: TaskModule, task: Task, stage: str) -> tuple[list[Record],
 # ---- what is written
 
 
-def _write(args: Args, module: TaskModule, tokenizer: Any, outputs: Outputs, results: dict[str, Any]) -> None:
+def _write(
+    args: Args, heads: Heads, module: TaskModule, tokenizer: Any, outputs: Outputs, results: dict[str, Any]
+) -> None:
     if args.train_dataset is not None:
-        save_model(module.heads, module.tasks, tokenizer, args, outputs.best)
+        save_model(heads, module.tasks, tokenizer, args, outputs.best)
         write_model_card(outputs.best, args, results)
     for stage, by_task in module.records.items():
         for task in module.scored():

@@ -143,7 +143,9 @@ class TrainerFlags:
     accelerator: str = "auto"
     """cpu, gpu, cuda, mps, or auto."""
     strategy: str = "auto"
-    """How several devices work together: auto is ddp; ddp_find_unused_parameters_true and the like are known too."""
+    """How several devices work together: ddp (auto), or fsdp, which gives each a part of weights and optimizer state.
+    ddp_find_unused_parameters_true and the like are known too.
+    """
     devices: str = "auto"
     """Number of devices, or their numbers (0,1), or auto: all GPUs, or one CPU process."""
     num_nodes: int = 1
@@ -286,11 +288,15 @@ def make_train_args(**flags: Any) -> Args:
     total = args.probability_masked + args.probability_replaced + args.probability_unchanged
     if abs(total - 1) > 1e-6:
         raise InputError(f"probability_masked, _replaced and _unchanged must add to 1; got {total}.")
-    if args.strategy != "auto" and not re.fullmatch(r"ddp(?!_(spawn|fork|notebook))\w*", args.strategy):
+    if not re.fullmatch(r"auto|fsdp|ddp(?!_(spawn|fork|notebook))\w*", args.strategy):
         raise InputError(
-            f"strategy must be auto, ddp, or a kind of ddp; got {args.strategy!r}. Sharded strategies (fsdp, "
-            "deepspeed) do not write the checkpoints and models of a run yet, and processes are not forked here."
+            f"strategy must be auto, ddp, a kind of ddp, or fsdp; got {args.strategy!r}. What DeepSpeed shards, fsdp "
+            "does too, without another package; and processes are not forked here."
         )
+    if args.strategy == "fsdp" and args.precision == "16-mixed":
+        raise InputError("fsdp goes with fp32 and bf16: give --precision bf16-mixed, or another --strategy.")
+    if args.strategy == "fsdp" and (args.compile or args.stochastic_weight_averaging):
+        raise InputError("fsdp does not go with --compile or --stochastic_weight_averaging: leave them out, or fsdp.")
     if args.optimizer == "fuse_adam" and args.precision == "16-mixed" and args.gradient_clip_val is not None:
         raise InputError(
             "fuse_adam unscales fp16 gradients by itself, so they cannot be clipped: use adamw or bf16-mixed."
