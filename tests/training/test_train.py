@@ -1,8 +1,10 @@
 """`funneltfm train`: a run from flags to folders, resumed, shared by processes, repeated; what it refuses."""
 
 import csv
+import inspect
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 import transformers
 
+from funneltfm.cli.train import main
 from funneltfm.errors import InputError
 from funneltfm.training import train as train_module
+from funneltfm.training.config import flag_fields
 from funneltfm.training.outputs import Outputs
 from funneltfm.training.train import predict, train
+from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_train_args
 
 GOOD, BAD = ["good", "great", "fine", "lovely", "nice"], ["bad", "awful", "poor", "nasty", "ugly"]
 FILL = ["the", "film", "was", "a", "story", "about", "people", "and", "places", "in", "town", "with", "some", "music"]
@@ -108,6 +114,48 @@ def test_the_best_folder_reloads_with_the_auto_classes(data, tmp_path):
         for row, line in zip(source[:10], lines, strict=False):
             scores = model(**tokenizer(row["text"], return_tensors="pt")).logits[0].softmax(-1)
             assert list(line["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_every_argument_of_the_trainer_is_a_flag_or_told_about():
+    arguments = set(inspect.signature(lightning.Trainer).parameters)
+    assert arguments == (arguments & flag_fields(TRAIN_GROUPS).keys()) | TRAINER_ELSEWHERE.keys()
+    for name, told in TRAINER_ELSEWHERE.items():
+        with pytest.raises(InputError, match=re.escape(told)):
+            train(pipeline="seq_class", **{name: True})
+        with pytest.raises(InputError, match=re.escape(told)):
+            main(["--pipeline=seq_class", f"--{name}=1"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"margin": 0.3, "loss_fn": "in_batch_negatives_loss"}, "--margin is read by --loss_fn contrastive_loss or"),
+        ({"temperature": 0.3}, "--temperature is read by --loss_fn in_batch_negatives_loss, not by contrastive_loss"),
+    ],
+)
+def test_what_a_loss_does_not_read(more, message):
+    with pytest.raises(InputError, match=message):
+        make_train_args(pipeline="retrieval", **more)
+
+
+def test_where_predictions_cannot_go(data, tmp_path):
+    train(**flags(data, tmp_path, max_epochs=1))
+    ask = {"pre_trained_model": str(Outputs(tmp_path, "run").best), "predict_dataset": str(data / "test.jsonl")}
+    for place in (tmp_path, tmp_path / "no" / "file"):
+        with pytest.raises(InputError, match="must be a file in a folder that is there"):
+            predict(**ask, output_file=str(place))
+
+
+def test_without_checkpoints_the_last_model_stays(data, tmp_path):
+    results = train(**flags(data, tmp_path, enable_checkpointing=False, inference_mode=False, max_epochs=2))
+    out = Outputs(tmp_path, "run")
+    assert not out.checkpoints.exists()
+    assert {path.name for path in out.models.iterdir()} == {"best", "ckpt_epoch_1_step_30_final"}
+    assert "best_step" not in results
+    last = rows(tmp_path)[-1]
+    assert float(last["valid/seq_class/loss"]) == pytest.approx(results["valid"]["seq_class/loss"], abs=1e-6)
+    with pytest.raises(InputError, match="there is nothing to resume"):
+        train(name="run", output_dir=str(tmp_path), resume=True)
 
 
 # ---- resuming

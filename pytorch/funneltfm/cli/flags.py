@@ -9,8 +9,9 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, get_args
 
 import docstring_parser
@@ -27,13 +28,20 @@ class FlagParser(argparse.ArgumentParser):
     groups: (title, dataclass, names to leave out). A field's attribute docstring is its help, its default the flag's.
     bool fields take `--name`, `--name=true|false` or `--no_name`; tuple[T, ...] fields take several values, and lists
     in files; a field's metadata may name a second way to write it, {"alias": "-k"}; where None is allowed and not the
-    default, it is written `none`. With config_file, `--config
-    file.yaml` gives flags too; those on the command line win.
+    default, it is written `none`. With config_file, `--config file.yaml` gives flags too; those on the command line
+    win. elsewhere: what to say of names that people look for here.
     """
 
     debug = False  # of the last command line that was parsed: whether errors show their traceback
 
-    def __init__(self, groups: Sequence[Group], config_file: bool = True, **kwargs: Any):
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        config_file: bool = True,
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+        **kwargs: Any,
+    ):
+        self.elsewhere = elsewhere
         super().__init__(allow_abbrev=False, **({"usage": f"{kwargs['prog']} [flags]"} | kwargs))
         self.defaults: dict[str, Any] = {}
         self._item_readers: dict[str, Callable[[str], Any]] = {}  # of flags that take several values
@@ -153,6 +161,8 @@ class FlagParser(argparse.ArgumentParser):
         raise BadFlag(f"{brief(message.rstrip('.'), 1000)}.{self._close(unknown)} --help lists all flags.")
 
     def _close(self, names: Sequence[str]) -> str:
+        if told := [f" {name}: {self.elsewhere[name]}." for name in names if name in self.elsewhere]:
+            return "".join(told)
         close = [match for name in names for match in difflib.get_close_matches(name, self.defaults, n=1)]
         return f" Did you mean --{', --'.join(close)}?" if close else ""
 

@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 
 from funneltfm.cli.flags import FlagParser
-from funneltfm.training.train_config import TRAIN_GROUPS, make_train_args
+from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_train_args
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = FlagParser(TRAIN_GROUPS, prog="funneltfm train", description="Train any encoder on any pipeline.")
+    parser = FlagParser(
+        TRAIN_GROUPS,
+        elsewhere=TRAINER_ELSEWHERE,
+        prog="funneltfm train",
+        description="Train any encoder on any pipeline.",
+    )
     flags, given = parser.parse(argv)
     args = make_train_args(**{name: flags[name] for name in given})
 

@@ -160,7 +160,7 @@ class RankingFlags:
     pooling: Literal["mean", "cls"] = "mean"
     """retrieval: the embedding of a text is the mean of its tokens, or the first one."""
     margin: float = 0.5
-    """retrieval: distance from which on a wrong pair costs nothing."""
+    """retrieval: distance from which on a wrong pair costs nothing in the contrastive losses."""
     temperature: float = 0.05
     """retrieval: divides the scores in in_batch_negatives_loss."""
     sync_devices: bool = False

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -213,10 +213,16 @@ def flag_fields(groups: Sequence[Group] = GROUPS) -> dict[str, dataclasses.Field
     return {field.name: field for _, cls, skip in groups for field in dataclasses.fields(cls) if field.name not in skip}
 
 
-def typed_args(groups: Sequence[Group], verb: str, flags: dict[str, Any]) -> Args:
-    """Flags over their defaults. Raises InputError for a name that is no flag and for values of another type."""
+def typed_args(
+    groups: Sequence[Group], verb: str, flags: dict[str, Any], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> Args:
+    """Flags over their defaults. Raises InputError for a name that is no flag and for values of another type.
+    elsewhere: what to say of names that people look for here.
+    """
     fields = flag_fields(groups)
     if unknown := sorted(set(flags) - set(fields)):
+        if unknown[0] in elsewhere:
+            raise InputError(f"there is no flag {unknown[0]}: {elsewhere[unknown[0]]}.")
         raise InputError(f"unknown flag {', '.join(unknown)}; `funneltfm {verb} --help` lists them.")
     flags = {name: _checked(name, fields[name].type, value) for name, value in flags.items()}
     args = Args(**{name: field.default for name, field in fields.items()} | flags)

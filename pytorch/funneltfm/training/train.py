@@ -103,6 +103,8 @@ def predict(**flags: Any) -> list[dict[str, Any]]:
     typed_args(PREDICT_GROUPS, "predict", flags)
     args = make_predict_args(_hyperparameters(flags["pre_trained_model"])["flags"], flags)
     output = flags.get("output_file")
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise InputError(f"--output_file={output} must be a file in a folder that is there.")
     with _processes(args, ["predict", *_words(flags)]) as here:
         if here:
             return _predict(args, output)
@@ -463,17 +465,18 @@ def _fit(
     history = History(metrics, total, per_epoch, args.log_every_n_steps, main, ids, advice, lower, since)
     save = SaveRun(outputs, args.checkpoint_interval or (0 if valid else per_epoch), set())
     keeps = not args.fast_dev_run and not args.barebones
+    saves = keeps and args.enable_checkpointing
     module.monitor = main if valid and keeps else None
     callbacks: list[Callback] = list(sparsity)
     if keeps:
         callbacks += [history, Progress(history, args.enable_progress_bar)]
-    if valid and keeps:
+    if valid and saves:
         callbacks.append(best := _best(outputs, main, lower))
         best.since = since
     if valid and args.early_stopping:
         mode = "min" if lower else "max"
         callbacks.append(Patience(main, patience=args.patience, mode=mode, check_on_train_epoch_end=False))
-    if keeps:
+    if saves:
         callbacks += [SaveModels(outputs, text.tokenizer, args), save]
     if args.stochastic_weight_averaging:
         callbacks.append(StochasticWeightAveraging(swa_lrs=args.learning_rate))
@@ -506,7 +509,7 @@ def _fit(
     try:
         with save.listening(), _said_by_lightning():
             trainer.fit(module, loader, valid, ckpt_path=resume_from, weights_only=True)
-            if keeps:
+            if saves:
                 save.leave_if_asked(trainer.global_step)
     except Leave as leave:
         hint = f"Saved after step {leave.step}; go on with --resume --name={args.name} --output_dir={args.output_dir}"
@@ -527,7 +530,7 @@ def _fit(
         "train_seconds": round(history.train_seconds, 2),
         "examples_per_second": round(history.examples_per_second, 1),
     }
-    if args.stochastic_weight_averaging or not history.best:
+    if args.stochastic_weight_averaging or not saves or not history.best:
         return facts
     module.load_whole(ranks.main_decides(lambda: best_state(outputs)))
     return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}
@@ -651,6 +654,7 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
     else:
         kwargs["devices"] = 1 if args.devices == "auto" else args.devices
         plugins = [*plugins, LightningEnvironment()]
+    checkpoints = {} if args.enable_checkpointing else {"enable_checkpointing": False}
     try:
         trainer = lightning.Trainer(
             accelerator=args.accelerator,
@@ -662,7 +666,8 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
             plugins=plugins,
             enable_progress_bar=False,
             use_distributed_sampler=False,  # StepSampler deals the examples
-            **({"enable_model_summary": False, "logger": False} | kwargs),
+            inference_mode=args.inference_mode,
+            **({"enable_model_summary": False, "logger": False, **checkpoints} | kwargs),
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"Lightning's trainer does not take these flags: {error}") from error

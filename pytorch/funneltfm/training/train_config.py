@@ -208,6 +208,23 @@ class TrainerFlags:
     """Average the weights over the last fifth of max_epochs, at a constant rate; the average is kept, not the best."""
     devices_stats: bool = False
     """Log memory and load of the devices, to tensorboard or wandb."""
+    enable_checkpointing: bool = True
+    """Save checkpoints, to resume from and of the best model; without them the last model alone is kept."""
+    inference_mode: bool = True
+    """Evaluate in torch's inference mode, not under no_grad."""
+
+
+# The trainer's other arguments.
+TRAINER_ELSEWHERE = {
+    "logger": "give --loggers",
+    "default_root_dir": "give --output_dir",
+    "callbacks": "the run has its own; from Python, train a TaskModule with a trainer of yours",
+    "plugins": "the run has its own; from Python, train a TaskModule with a trainer of yours",
+    "use_distributed_sampler": "rows are always dealt out to the processes, and count once",
+    "reload_dataloaders_every_n_epochs": "every epoch is drawn anew, by its seed and number",
+    "enable_autolog_hparams": "flags are always logged",
+    "model_registry": "models go to pre_trained_models in --output_dir",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +291,7 @@ def make_train_args(**flags: Any) -> Args:
     """Flags of `funneltfm train`, checked. Raises InputError for what is no flag, out of range, or not read by the
     pipeline.
     """
-    args = typed_args(TRAIN_GROUPS, "train", flags)
+    args = typed_args(TRAIN_GROUPS, "train", flags, TRAINER_ELSEWHERE)
     if args.pipeline is not None:
         check_task_flags(task_names(args.pipeline), args.given)
     elif not (args.resume and args.name):  # the run knows
@@ -415,3 +432,9 @@ def _check_ranges(args: Args) -> None:
             raise InputError(f"{name} must not be negative; got {value}.")
     if args.temperature <= 0:
         raise InputError(f"temperature must be more than 0; got {args.temperature}.")
+    for name, losses in (
+        ("margin", ("contrastive_loss", "online_contrastive_loss")),
+        ("temperature", ("in_batch_negatives_loss",)),
+    ):
+        if name in args.given and args.loss_fn not in losses:
+            raise InputError(f"--{name} is read by --loss_fn {' or '.join(losses)}, not by {args.loss_fn}.")
