@@ -1,13 +1,19 @@
-"""The 22 defects of the framework whose flags and folders we keep, by their numbers: none of them is here."""
+"""The 22 defects of the framework whose flags and folders we keep, by their numbers: none of them is here.
+
+Run as a program it puts each back, in a copy of the project, and tells whether its test notices.
+"""
 
 import ast
 import importlib
 import inspect
 import json
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,6 @@ import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
-from torch import nn
 
 from funneltfm.cli.flags import FlagParser
 from funneltfm.data.features import TrainLoader
@@ -214,7 +219,7 @@ def test_13_biases_and_norms_train_under_weight_decay(tmp_path):
     assert all(not torch.equal(before[name], p) for name, p in heads.named_parameters())
 
 
-@pytest.mark.parametrize("pipeline", ["masked_lm", "masked_lm+seq_class"])
+@pytest.mark.parametrize("pipeline", ["masked_lm", "masked_lm+seq_class", "random_token_detection", "electra"])
 def test_14_an_encoder_gets_what_it_takes(tmp_path, pipeline):
     """Whatever an objective adds to its examples, the model sees input_ids and their like alone."""
     _, heads, batch = batch_of(tmp_path, pipeline)
@@ -231,6 +236,15 @@ def test_15_models_that_share_weights_are_whole_when_they_are_tied(tmp_path):
     hidden = heads(batch["inputs"])
     sum(task.loss(task.logits(heads.models[task.name], hidden, batch), batch) for task in tasks).backward()
     assert table.grad is not None
+
+
+def test_15_electra_has_its_generator(tmp_path):
+    train(**files(tmp_path, TEXTS), pipeline="electra", embedding_sharing="tied")
+    best = Outputs(tmp_path / "out", "run").best
+    generator = transformers.AutoModelForMaskedLM.from_pretrained(best / "generator")
+    discriminator = transformers.AutoModelForTokenClassification.from_pretrained(best)
+    tables = [model.get_input_embeddings().weight for model in (generator, discriminator)]
+    assert torch.equal(*tables)
 
 
 def test_16_one_process_evaluates_predicts_and_streams(tmp_path):
@@ -258,12 +272,22 @@ def test_18_a_loss_is_a_scalar(name):
     assert cosine.grad is not None
 
 
-def test_19_a_model_with_shared_tensors_is_saved_and_is_the_same(tmp_path):
-    _, _, _, heads = heads_of(tmp_path, "masked_lm")
-    model: nn.Module = heads.models["masked_lm"]
-    model.save_pretrained(tmp_path / "saved")
-    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+@pytest.mark.parametrize(
+    ("pipeline", "auto"),
+    [
+        ("cluster_random_token_detection", "AutoModelForTokenClassification"),
+        ("masked_lm", "AutoModelForMaskedLM"),
+    ],
+)
+def test_19_a_model_with_shared_tensors_is_saved_and_is_the_same(tmp_path, pipeline, auto):
+    """An output layer that is the embedding table; clusters that are counted beside the model."""
+    (tmp_path / "clusters.txt").write_text("".join(f"{i % 3}\n" for i in range(len(WORDS) + 5)))
+    more = {"clusters_filename": str(tmp_path / "clusters.txt")} if "cluster" in pipeline else {}
+    train(**files(tmp_path, TEXTS) | more, pipeline=pipeline)
+    out = Outputs(tmp_path / "out", "run")
+    state = torch.load(out.checkpoints / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in getattr(transformers, auto).from_pretrained(out.best).state_dict().items():
+        assert torch.equal(value, state[f"heads.models.{pipeline}.{name}"]), name
 
 
 def test_20_masks_are_of_the_seed_and_the_epoch_whatever_the_workers(tmp_path):
@@ -297,3 +321,72 @@ def test_22_defaults_are_whole(tmp_path):
     flags = files(tmp_path, rows) | {"pipeline": "answer_selection", "input_columns": ("q", "a"), "k": 3}
     results = train(**flags, separated=True, pad_to_k=True)
     assert 0 < results["valid"]["answer_selection/mean_average_precision"] <= 1
+
+
+# ---- a test that cannot fail is none
+
+# number -> file, what is there, what was there in the older framework, or stands for it
+PUT_BACK = {
+    1: ("scripts/setup.sh", '"$ROOT/constraints.txt" <', '"$ROOT/requirements/constraints.txt" <'),
+    2: ("pyproject.toml", "\ndependencies = [", '\ndependencies = [\n    "bleurt @ git+https://example.org/bleurt",'),
+    3: ("pytorch/funneltfm/training/train.py", "import yaml\n", "import datasets\nimport yaml\n"),
+    4: ("pytorch/funneltfm/funnel/formats.py", "import FunnelBaseModel, ", "import FunnelTokenizationFast, "),
+    5: ("pytorch/funneltfm/cli/flags.py", '"help": text.replace("%", "%%")', '"help": argparse.SUPPRESS'),
+    6: ("pytorch/funneltfm/training/train_config.py", "num_workers: int = 0", 'num_workers: int = "auto"'),
+    7: ("pytorch/funneltfm/training/train_config.py", '{"16": "16-mixed", ', "{"),
+    8: ("pytorch/funneltfm/training/train_config.py", 'output_dir: str = "outputs"', 'output_dir: str = "../outputs"'),
+    9: ("pytorch/funneltfm/training/optimizers.py", "(optimizer, share)\n", "(optimizer, share, verbose=False)\n"),
+    10: ("pytorch/funneltfm/training/callbacks.py", "self._bar.update()", "self._bar.clear_live()"),
+    11: ("pytorch/funneltfm/data/textfiles.py", '".jsonl": TextFormat', '".other": TextFormat'),
+    12: ("pytorch/funneltfm/training/pipeline.py", 'rng = {"cpu"', 'rng = checkpoint["a"] = {"args": self.args, "cpu"'),
+    13: (
+        "pytorch/funneltfm/training/optimizers.py",
+        "decay_groups(model, args.weight_decay))", "decay_groups(model, 0.1)[:1])",
+    ),
+    14: (
+        "pytorch/funneltfm/tasks/base.py", '        if "attention_mask" in examples[0]',
+        '        inputs["original_input_ids"] = inputs["input_ids"]\n        if "attention_mask" in examples[0]',
+    ),
+    15: ("pytorch/funneltfm/tasks/electra.py", "    def make_beside(", "    def make_nothing("),
+    16: ("pytorch/funneltfm/training/ranks.py", "    if size() == 1:\n        return [value]\n", ""),
+    17: ("pytorch/funneltfm/tasks/queries.py", "text if column is None else row.get(column)", "row[column]"),
+    18: ("pytorch/funneltfm/tasks/retrieval.py", "F.mse_loss(cosine, labels.to(cosine.dtype))", "cosine, labels"),
+    19: (
+        "pytorch/funneltfm/tasks/heads.py", "    state = None\n",
+        "    model.register_buffer('count', backbone_of(model).get_input_embeddings().weight.data)\n    state = None\n",
+    ),
+    20: ("pytorch/funneltfm/tasks/base.py", 'epoch + 1, example["index"], number]', '0, example["index"], number]'),
+}  # fmt: skip
+
+
+def noticed(number: int, folder: Path) -> str:
+    """Put one back in a copy of the project, in `folder`, and run its tests there."""
+    name, here, there = PUT_BACK[number]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in listed.splitlines():
+        if file.split("/")[0] in ("pytorch", "tests", "scripts", "pyproject.toml", "constraints.txt"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    text = (folder / name).read_text(encoding="utf-8")
+    if here not in text or here == there:
+        return f"{name} has no longer {here!r}"
+    (folder / name).write_text(text.replace(here, there, 1), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "tests/training/test_older_defects.py",
+        "-k",
+        f"test_{number:02}_",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(folder / "pytorch")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return "noticed" if done.returncode == 1 else f"NOT NOTICED ({done.stdout[-300:]})"
+
+
+if __name__ == "__main__":
+    for chosen in [int(word) for word in sys.argv[1:]] or PUT_BACK:
+        with tempfile.TemporaryDirectory() as place:
+            print(f"{chosen:2}  {noticed(chosen, Path(place))}", flush=True)
