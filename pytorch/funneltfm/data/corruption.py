@@ -190,7 +190,12 @@ def unspanned_length(length: int, density: float, mean_length: float, max_spans:
 
 
 def noise_spans(
-    n: int, rng: np.random.Generator, density: float, mean_length: float, max_spans: int, words: np.ndarray | None = None
+    n: int,
+    rng: np.random.Generator,
+    density: float,
+    mean_length: float,
+    max_spans: int,
+    words: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which of n tokens are noise, (n,) bool: spans of other tokens and of noise by turns, the last one is noise. Their
     lengths are drawn uniformly from all that add to what `n_noise` says. words: (n,) word ids; count and cut by words.

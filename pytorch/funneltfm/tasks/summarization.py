@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funneltfm import summaries
@@ -16,7 +17,7 @@ from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
 from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import Record, Row, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, own_id
 from funneltfm.tasks.multi_token import MultiToken
 from funneltfm.tasks.seq2seq import Seq2Seq, target_ids
 
@@ -69,7 +70,9 @@ class Summarization(Seq2Seq):
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
         self.tokenizer = text.tokenizer
-        examples: list[Example] = [example | {"row": i} for i, example in enumerate(text.encode(self.texts(rows, where)))]
+        examples: list[Example] = [
+            example | {"row": i} for i, example in enumerate(text.encode(self.texts(rows, where)))
+        ]
         missing = next((i for i, row in enumerate(rows) if not _has(row, self.args.summary_column)), None)
         if missing is None:
             first = [self.references(row, place(rows, i, where))[0] for i, row in enumerate(rows)]
@@ -109,6 +112,12 @@ class Summarization(Seq2Seq):
         except ValueError as error:
             raise InputError(f"the generation options do not go together: {' '.join(str(error).split())}") from error
         return made
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        labels = batch["summarization_labels"]
+        return F.cross_entropy(
+            logits.float(), labels[labels != IGNORED], label_smoothing=self.args.label_smoothing
+        )  # every text has an end
 
     # ---- scores
 

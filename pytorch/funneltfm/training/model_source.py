@@ -79,6 +79,8 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             key = f"{name}_token_id"
             if (value := getattr(tokenizer, key, None)) is not None and hasattr(config, key):
                 more.setdefault(key, value)
+        if config.is_encoder_decoder:
+            more = _decoder_ids(config, tokenizer) | more
     by_name = args.pre_trained_config is None and args.pre_trained_model is None
     try:  # of a config by name, what is not given follows from what is: layer_types from num_hidden_layers, say
         config = type(config).from_dict(({} if by_name else config.to_dict()) | more)
@@ -101,6 +103,23 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             f"or from scratch give --additional_config_kwargs max_position_embeddings=N."
         )
     return config
+
+
+def _decoder_ids(config: Any, tokenizer: Any) -> dict[str, int]:
+    """Ids with which a decoder begins and ends, from scratch: what they are in the config, the padding, the beginning
+    or the end, they are in the tokenizer. Where the config does not say, the decoder begins with padding.
+    """
+    first = lambda *names: next(
+        (id for name in names if (id := getattr(tokenizer, f"{name}_token_id")) is not None), None
+    )
+    own = {"pad": tokenizer.pad_token_id, "eos": first("eos", "sep"), "bos": first("bos", "cls")}
+    ids = {f"{name}_token_id": id for name, id in own.items() if id is not None}
+    for key in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        value = getattr(config, key, None)
+        role = next((name for name in own if value is not None and getattr(config, f"{name}_token_id") == value), "pad")
+        if value is not None or key == "decoder_start_token_id":
+            ids[key] = own["pad"] if own[role] is None else own[role]
+    return ids
 
 
 def additional_kwargs(words: Sequence[str]) -> dict[str, Any]:
