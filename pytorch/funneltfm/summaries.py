@@ -53,7 +53,7 @@ def sacrebleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -
         raise InputError(f"SacreBLEU needs sacrebleu ({error}): pip install 'funneltfm[generation]'.") from error
     most = max(map(len, references))
     streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
-    return float(corpus_bleu(list(predictions), streams).score)  # type: ignore[arg-type]
+    return float(corpus_bleu(list(predictions), streams).score)
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ class Task:
     """Must. The group in logs: valid/NAME/accuracy."""
     auto: ClassVar[str]
     """Must. The Auto class of `transformers` whose head it trains."""
-    main_metric: ClassVar[str]
+    main_metric: str
     """Must. What selects the best checkpoint, a key of `score`."""
     words: ClassVar[bool] = False
     """The texts are lists of words; tasks that are mixed with it read the same."""

@@ -117,5 +117,5 @@ class Denoising(Seq2Seq, Corrupting):
         noise = noise_spans(len(inner), rng, args.probability, args.mean_span_length, most, of_words)
         inputs, target = spanned(inner, noise, sentinels)
         n = int(np.isin(target, sentinels).sum())
-        closing = sentinels[n : n + 1] if args.closing_sentinel else []
+        closing = sentinels[n : n + args.closing_sentinel]
         return np.concatenate([ids[:before], inputs, ids[after:]]), np.concatenate([target, closing, [text.end_id]])

@@ -141,13 +141,13 @@ class Summarization(Seq2Seq):
         from transformers.modeling_outputs import BaseModelOutput
 
         inputs = batch["inputs"]
-        encoded = BaseModelOutput(last_hidden_state=hidden.encoder_last_hidden_state)
+        states: Tensor = hidden.encoder_last_hidden_state
+        encoded = BaseModelOutput(last_hidden_state=states)
         if self.beside is not None:
             limit = self.options["max_new_tokens"] + 1 if "max_new_tokens" in self.options else None
             longest = limit or model.generation_config.max_length
             return self.beside.generate(model, longest, encoded, inputs["attention_mask"])
-        devices = [encoded.last_hidden_state.device] if encoded.last_hidden_state.is_cuda else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([states.device] if states.is_cuda else []):
             torch.manual_seed(int(np.random.default_rng([self.args.seed, int(batch["index"][0])]).integers(2**63)))
             return model.generate(**inputs, encoder_outputs=encoded)
 

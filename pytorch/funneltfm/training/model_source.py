@@ -109,10 +109,9 @@ def _decoder_ids(config: Any, tokenizer: Any) -> dict[str, int]:
     """Ids with which a decoder begins and ends, from scratch: what they are in the config, the padding, the beginning
     or the end, they are in the tokenizer. Where the config does not say, the decoder begins with padding.
     """
-    first = lambda *names: next(
-        (id for name in names if (id := getattr(tokenizer, f"{name}_token_id")) is not None), None
-    )
-    own = {"pad": tokenizer.pad_token_id, "eos": first("eos", "sep"), "bos": first("bos", "cls")}
+    names = {"pad": ("pad",), "eos": ("eos", "sep"), "bos": ("bos", "cls")}
+    found = {role: [getattr(tokenizer, f"{name}_token_id") for name in some] for role, some in names.items()}
+    own = {role: next((id for id in some if id is not None), None) for role, some in found.items()}
     ids = {f"{name}_token_id": id for name, id in own.items() if id is not None}
     for key in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(config, key, None)

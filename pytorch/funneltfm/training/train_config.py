@@ -262,8 +262,10 @@ _NOT_NEGATIVE = (
     *("generation_min_length", "generation_min_new_tokens"),
 )
 _MORE_THAN_0 = ("temperature", "mean_span_length", "generation_temperature", "generation_repetition_penalty")
-_SHARES = ("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing")
-_SHARES += ("generation_top_p", "generation_typical_p")
+_SHARES = (
+    *("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing"),
+    *("generation_top_p", "generation_typical_p"),
+)
 # Flags that do nothing without another one.
 _NEEDED = (
     *(("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection")),
