@@ -219,7 +219,7 @@ class SummarizationFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationFlags:
-    """Writing (summarization); by default as the model's own generation_config.json says"""
+    """Writing of texts; where nothing is given, as the model's generation_config.json says"""
 
     generation_max_length: int | None = None
     """Longest text in tokens, with the one that the decoder begins with. Default: max_target_length and that one."""

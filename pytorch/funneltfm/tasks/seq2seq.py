@@ -83,13 +83,19 @@ class Seq2Seq(PredictsTokens):
         """(n, V): of the tokens of the targets, text by text."""
         labels = batch[f"{self.name}_labels"]
         with replayed(model, hidden):
-            logits = model(**batch["inputs"]).logits[:, : labels.shape[1]]
+            logits = model(**self.inputs(model, batch)).logits[:, : labels.shape[1]]
         return logits[labels != IGNORED]
 
 
 def shifted(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder is given for labels (B, T), in the model's own way."""
-    return model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+    """What the decoder is given for labels (B, T): in the model's own way where it has one (mBART begins with the
+    language that the labels end with), else its first token and the labels without the last.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+    config: Any = model.config
+    first = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+    return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)], dim=1)
 
 
 def target_ids(texts: Sequence[str], text: TextEncoder, longest: int | None = None) -> list[list[int]]:

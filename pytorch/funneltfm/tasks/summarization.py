@@ -16,7 +16,7 @@ from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
 from funneltfm.data.text import Text, TextEncoder
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import IGNORED, Record, Row, own_id
 from funneltfm.tasks.multi_token import MultiToken
 from funneltfm.tasks.seq2seq import Seq2Seq, target_ids
@@ -37,7 +37,7 @@ class Summarization(Seq2Seq):
         self.options = {
             name.removeprefix(_PREFIX): value
             for name, value in args.flags().items()
-            if name.startswith(_PREFIX) and value is not None and value is not False
+            if name.startswith(_PREFIX) and (name in args.given or (value is not None and value is not False))
         }
         self._check()
 
@@ -46,16 +46,16 @@ class Summarization(Seq2Seq):
         if args.valid_bert_score and not args.valid_generation:
             raise InputError("--valid_bert_score scores what is written, and --valid_generation=false writes nothing.")
         for name in ("temperature", "top_k", "top_p", "typical_p"):
-            if name in options and not args.generation_do_sample:
+            if options.get(name) is not None and not args.generation_do_sample:
                 raise InputError(f"--generation_{name} is for drawing tokens: give --generation_do_sample too.")
         for name in ("length_penalty", "early_stopping"):
-            if name in options and options.get("num_beams", 1) == 1:
+            if options.get(name) and (options.get("num_beams") or 1) == 1:
                 raise InputError(f"--generation_{name} is for beams: give --generation_num_beams, more than 1.")
-        if {"max_length", "max_new_tokens"} <= options.keys():
+        if None not in (options.get("max_length"), options.get("max_new_tokens")):
             raise InputError("--generation_max_length and --generation_max_new_tokens both limit the length; give one.")
         if args.max_multi_token_predictions is not None:
             for name in sorted(options.keys() - {"max_length", "max_new_tokens"}):
-                if options[name] != 1:
+                if options[name] not in (None, False, 1):
                     raise InputError(
                         f"--generation_{name} does not go with --max_multi_token_predictions, which takes the "
                         f"likeliest tokens, several at a time."
@@ -103,10 +103,11 @@ class Summarization(Seq2Seq):
         made = super().make_beside(model, source, tokenizer)
         self.beside = made if isinstance(made, MultiToken) else None
         limits: dict[str, Any] = {"max_length": self.longest_target + 1, "max_new_tokens": None}  # 1: the first token
-        if "max_new_tokens" in self.options:
+        if self.options.get("max_new_tokens") is not None:
             limits["max_length"] = None
+        given = {name: value for name, value in self.options.items() if name not in limits or value is not None}
         generation: Any = model.generation_config
-        generation.update(**(limits | self.options))
+        generation.update(**(limits | given))
         try:
             generation.validate(strict=True)
         except ValueError as error:
@@ -129,27 +130,28 @@ class Summarization(Seq2Seq):
         records = super().evaluated(model, hidden, batch, stage) if labelled else [{} for _ in batch["index"]]
         if stage != "valid" or self.args.valid_generation:
             wanted = self.args.valid_bert_score if stage == "valid" else self.args.test_bert_score
-            written = self.generate(model, hidden, batch).cpu().numpy()
+            written = self.generate(model, batch).cpu().numpy()
             for record, ids in zip(records, written, strict=True):
                 record |= {"generated": ids[ids != self.tokenizer.pad_token_id], "bert_score": wanted}
         return records
 
-    def generate(self, model: Any, hidden: Any, batch: Batch) -> Tensor:
+    def generate(self, model: Any, batch: Batch) -> Tensor:
         """Ids that the model writes, (B, T). What is drawn depends on the seed and the batch alone, and takes nothing
         from the random numbers of the training.
         """
-        from transformers.modeling_outputs import BaseModelOutput
-
         inputs = batch["inputs"]
-        states: Tensor = hidden.encoder_last_hidden_state
-        encoded = BaseModelOutput(last_hidden_state=states)
         if self.beside is not None:
-            limit = self.options["max_new_tokens"] + 1 if "max_new_tokens" in self.options else None
-            longest = limit or model.generation_config.max_length
-            return self.beside.generate(model, longest, encoded, inputs["attention_mask"])
-        with torch.random.fork_rng([states.device] if states.is_cuda else []):
+            own = self.options.get("max_new_tokens")
+            longest = model.generation_config.max_length if own is None else own + 1
+            return self.beside.generate(model, longest, model.get_encoder()(**inputs), inputs["attention_mask"])
+        ids = inputs["input_ids"]
+        with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed(int(np.random.default_rng([self.args.seed, int(batch["index"][0])]).integers(2**63)))
-            return model.generate(**inputs, encoder_outputs=encoded)
+            try:
+                return model.generate(**inputs)
+            except ValueError as error:
+                reason = brief(" ".join(str(error).split()), 500)
+                raise InputError(f"the model cannot write with these generation options: {reason}") from error
 
     def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
         scores = super().score(records, features, rows)

@@ -370,7 +370,7 @@ PREDICT_GROUPS: tuple[Group, ...] = (
     (str(GenerationFlags.__doc__), GenerationFlags, ()),
 )
 # Of the run that has trained a model, prediction goes by these.
-_OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence_length"}
+_OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence_length", "seed"}
 
 
 def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
