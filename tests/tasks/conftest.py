@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import funneltfm  # noqa: F401  its models are known to the Auto classes
 from funneltfm.funnel.hf import FunnelTFMConfig
+from funneltfm.training import train as train_module
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog . Mr. Smith's unbelievable tokenization isn't easy !",
@@ -171,6 +173,40 @@ def writer_flags(model_type: str, **more: Any) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def make_writer() -> Callable[..., tuple[str, ...]]:
     return writer_flags
+
+
+@pytest.fixture
+def train_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Trains with flags, once in one go and once cut hard before a step and resumed: both must end alike."""
+
+    def go(flags: dict[str, Any], at_step: int) -> None:
+        folders = {name: Path(flags["output_dir"]) / name for name in ("whole", "cut")}
+        whole = train_module.train(**flags | {"output_dir": str(folders["whole"])})
+
+        def stop(module: Any, batch: Any, batch_idx: int) -> None:
+            if module.global_step >= at_step:
+                raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.TaskModule, "on_train_batch_start", stop)
+            with pytest.raises(InterruptedError):
+                train_module.train(**flags | {"output_dir": str(folders["cut"])})
+        more = {"name": "run", "output_dir": str(folders["cut"]), "resume": True}
+        resumed = train_module.train(**more, pipeline=flags["pipeline"])
+        assert {"valid", "steps"} <= whole.keys()
+        assert {name: whole[name] for name in ("valid", "steps")} == {
+            name: resumed[name] for name in ("valid", "steps")
+        }
+        states = [
+            torch.load(folder / "checkpoints/run/last.ckpt", weights_only=True)["state_dict"]
+            for folder in folders.values()
+        ]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        written = [(folder / "predictions/run/valid.jsonl").read_bytes() for folder in folders.values()]
+        assert written[0] == written[1]
+
+    return go
 
 
 # ---- for ranking: letters and a few words

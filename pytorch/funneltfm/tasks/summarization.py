@@ -55,7 +55,7 @@ class Summarization(Seq2Seq):
             raise InputError("--generation_max_length and --generation_max_new_tokens both limit the length; give one.")
         if args.max_multi_token_predictions is not None:
             for name in sorted(options.keys() - {"max_length", "max_new_tokens"}):
-                if options[name] not in (None, False, 1):
+                if options[name] and (name, options[name]) != ("num_beams", 1):
                     raise InputError(
                         f"--generation_{name} does not go with --max_multi_token_predictions, which takes the "
                         f"likeliest tokens, several at a time."
