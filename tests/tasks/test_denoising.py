@@ -114,7 +114,7 @@ def test_targets_rebuild_the_text_and_end(flags: dict[str, Any], share: float, t
                     at = token
                 else:
                     parts[at].append(token)
-            assert [y for x in seen for y in (parts[x] if x in parts else [x])] == ids
+            assert [y for x in seen for y in parts.get(x, [x])] == ids
             n = len(ids) - 1
             if n > 1 and not flags.get("whole_word_denoising"):
                 assert sum(map(len, parts.values())) == min(max(1, round(share * n)), n - 1)

@@ -81,7 +81,9 @@ class Seq2Seq(PredictsTokens):
 
     def logits(self, model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
         """(n, V): of the tokens of the targets, text by text."""
-        labels = batch[f"{self.name}_labels"]
+        labels = self.labels(batch)
+        if labels is None:
+            raise InputError(f"training data of {self.name} has rows without the text to write; training needs it.")
         with replayed(model, hidden):
             logits = model(**self.inputs(model, batch)).logits[:, : labels.shape[1]]
         return logits[labels != IGNORED]

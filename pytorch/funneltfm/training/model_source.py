@@ -115,7 +115,9 @@ def _decoder_ids(config: Any, tokenizer: Any) -> dict[str, int]:
     ids = {f"{name}_token_id": id for name, id in own.items() if id is not None}
     for key in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(config, key, None)
-        role = next((name for name in own if value is not None and getattr(config, f"{name}_token_id") == value), "pad")
+        role = next(
+            (name for name in own if value is not None and getattr(config, f"{name}_token_id", None) == value), "pad"
+        )
         if value is not None or key == "decoder_start_token_id":
             ids[key] = own["pad"] if own[role] is None else own[role]
     return ids
