@@ -128,6 +128,16 @@ def test_options_reach_the_model(tokenizers: dict[str, Any], make_writer: Any) -
 
 
 @pytest.mark.parametrize("model", ["bart", "t5"])
+def test_lengths_that_do_not_go(tokenizers: dict[str, Any], make_writer: Any) -> None:
+    for flags in ({"generation_min_length": 22}, {"generation_min_new_tokens": 6, "generation_max_new_tokens": 5}):
+        args = make_train_args(
+            pipeline="summarization", model="bart", additional_config_kwargs=make_writer("bart"),
+            max_sequence_length=32, max_target_length=20, **flags,
+        )  # fmt: skip
+        with pytest.raises(InputError, match=r"at least (22|7) tokens and at most (21|6)"):
+            make_heads(args, [Summarization(args)], tokenizers["byte_level"])
+
+
 def test_what_is_written_is_what_transformers_writes(model: str, tokenizers: dict[str, Any], make_writer: Any) -> None:
     """Row by row, without padding; and limits hold."""
     tokenizer = tokenizer_for(model, tokenizers)

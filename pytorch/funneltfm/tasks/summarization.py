@@ -112,6 +112,13 @@ class Summarization(Seq2Seq):
             generation.validate(strict=True)
         except ValueError as error:
             raise InputError(f"the generation options do not go together: {' '.join(str(error).split())}") from error
+        longest = self._longest(generation)
+        shortest = max(generation.min_length or 0, (generation.min_new_tokens or 0) + 1)
+        if shortest > longest:
+            raise InputError(
+                f"texts must have at least {shortest} tokens and at most {longest}, by the flags or the model's "
+                f"generation_config.json. Give another --generation_min_length or --generation_max_length."
+            )
         return made
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -119,6 +126,12 @@ class Summarization(Seq2Seq):
         return F.cross_entropy(
             logits.float(), labels[labels != IGNORED], label_smoothing=self.args.label_smoothing
         )  # every text has an end
+
+    @staticmethod
+    def _longest(generation: Any) -> int:
+        """Tokens of the longest text, with the decoder's first one."""
+        new = generation.max_new_tokens
+        return generation.max_length if new is None else new + 1
 
     # ---- scores
 
@@ -141,8 +154,7 @@ class Summarization(Seq2Seq):
         """
         inputs = batch["inputs"]
         if self.beside is not None:
-            own = self.options.get("max_new_tokens")
-            longest = model.generation_config.max_length if own is None else own + 1
+            longest = self._longest(model.generation_config)
             return self.beside.generate(model, longest, model.get_encoder()(**inputs), inputs["attention_mask"])
         ids = inputs["input_ids"]
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
