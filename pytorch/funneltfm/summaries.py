@@ -31,9 +31,11 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise InputError(f"ROUGE needs rouge-score ({error}): pip install 'funneltfm[generation]'.") from error
-    scorer = RougeScorer(list(ROUGES), use_stemmer=True)
+    words = DefaultTokenizer(use_stemmer=True)  # given, or absl puts a handler on the root logger to say that it is not
+    scorer = RougeScorer(list(ROUGES), tokenizer=words)
     scores = [
         scorer.score_multi(["\n".join(sentences(text)) for text in several], "\n".join(sentences(prediction)))
         for prediction, several in zip(predictions, references, strict=True)

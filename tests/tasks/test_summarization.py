@@ -127,7 +127,34 @@ def test_options_reach_the_model(tokenizers: dict[str, Any], make_writer: Any) -
         assert (config.max_length, config.max_new_tokens) == wanted
 
 
-@pytest.mark.parametrize("model", ["bart", "t5"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"generation_temperature": 0.5}, "temperature=0.5 does nothing without --generation_do_sample"),
+        ({"generation_top_k": 5}, "top_k=5 does nothing without --generation_do_sample"),
+        ({"generation_length_penalty": 2.0}, "length_penalty=2.0 does nothing without --generation_num_beams"),
+        ({"generation_early_stopping": True, "generation_num_beams": 1}, "early_stopping=True does nothing without"),
+        ({"generation_temperature": 1.0, "generation_top_k": 0, "generation_length_penalty": 1.0}, None),
+        ({"generation_length_penalty": 2.0, "generation_num_beams": 2}, None),
+    ],
+    ids=str,
+)
+def test_options_that_need_another(
+    flags: dict[str, Any], message: str | None, tokenizers: dict[str, Any], make_writer: Any
+) -> None:
+    args = make_train_args(
+        pipeline="summarization", model="bart", additional_config_kwargs=make_writer("bart"), max_sequence_length=32,
+        max_target_length=20, **flags,
+    )  # fmt: skip
+    task = Summarization(args)
+    if message is None:
+        net = make_heads(args, [task], tokenizers["byte_level"]).models["summarization"]
+        assert net.generation_config.temperature is None
+        return
+    with pytest.raises(InputError, match=message):
+        make_heads(args, [task], tokenizers["byte_level"])
+
+
 def test_lengths_that_do_not_go(tokenizers: dict[str, Any], make_writer: Any) -> None:
     for flags in ({"generation_min_length": 22}, {"generation_min_new_tokens": 6, "generation_max_new_tokens": 5}):
         args = make_train_args(
@@ -138,6 +165,7 @@ def test_lengths_that_do_not_go(tokenizers: dict[str, Any], make_writer: Any) ->
             make_heads(args, [Summarization(args)], tokenizers["byte_level"])
 
 
+@pytest.mark.parametrize("model", ["bart", "t5"])
 def test_what_is_written_is_what_transformers_writes(model: str, tokenizers: dict[str, Any], make_writer: Any) -> None:
     """Row by row, without padding; and limits hold."""
     tokenizer = tokenizer_for(model, tokenizers)
@@ -188,10 +216,6 @@ def test_sampling_takes_no_random_numbers_from_the_training(tokenizers: dict[str
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"generation_temperature": 0.5}, "give --generation_do_sample"),
-        ({"generation_top_k": 5}, "give --generation_do_sample"),
-        ({"generation_length_penalty": 2.0}, "give --generation_num_beams"),
-        ({"generation_early_stopping": True, "generation_num_beams": 1}, "give --generation_num_beams"),
         ({"generation_max_length": 9, "generation_max_new_tokens": 9}, "both limit the length"),
         ({"max_multi_token_predictions": 2, "generation_num_beams": 3}, "num_beams does not go with"),
         ({"max_multi_token_predictions": 2, "generation_do_sample": True}, "do_sample does not go with"),
@@ -262,11 +286,11 @@ def test_predicting_otherwise(tokenizers: dict[str, Any], make_writer: Any, tmp_
     }
     same = predict(**of_run, accelerator="cpu", batch_size=4)
     assert same == lines(tmp_path / "predictions/run/valid.jsonl")
-    greedy = {"generation_do_sample": False, "generation_temperature": None}
+    greedy = {"generation_do_sample": False, "generation_temperature": 1.0}
     short = predict(**of_run, accelerator="cpu", **greedy, generation_max_new_tokens=1)
     assert all(len(one["prediction"]) < len(other["prediction"]) for one, other in zip(short, same, strict=True))
     assert short == predict(**of_run, accelerator="cpu", batch_size=1, **greedy, generation_max_new_tokens=1)
-    with pytest.raises(InputError, match="give --generation_do_sample"):
+    with pytest.raises(InputError, match="does nothing without --generation_do_sample"):
         predict(**of_run, accelerator="cpu", generation_do_sample=False)
 
 

@@ -246,7 +246,7 @@ class GenerationFlags:
     generation_temperature: float | None = None
     """With do_sample: divides the logits."""
     generation_top_k: int | None = None
-    """With do_sample: from so many likeliest tokens."""
+    """With do_sample: from so many likeliest tokens; 0 from all. Where the model does not say, it is 50."""
     generation_top_p: float | None = None
     """With do_sample: from the likeliest tokens that have this share together."""
     generation_typical_p: float | None = None

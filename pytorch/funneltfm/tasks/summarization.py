@@ -22,6 +22,9 @@ from funneltfm.tasks.multi_token import MultiToken
 from funneltfm.tasks.seq2seq import Seq2Seq, target_ids
 
 _PREFIX = "generation_"  # of flags that are generation options of transformers
+# Options that do nothing without another one, and their values that do nothing anyway.
+_FOR_DRAWS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+_FOR_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 
 
 class Summarization(Seq2Seq):
@@ -45,12 +48,6 @@ class Summarization(Seq2Seq):
         args, options = self.args, self.options
         if args.valid_bert_score and not args.valid_generation:
             raise InputError("--valid_bert_score scores what is written, and --valid_generation=false writes nothing.")
-        for name in ("temperature", "top_k", "top_p", "typical_p"):
-            if options.get(name) is not None and not args.generation_do_sample:
-                raise InputError(f"--generation_{name} is for drawing tokens: give --generation_do_sample too.")
-        for name in ("length_penalty", "early_stopping"):
-            if options.get(name) and (options.get("num_beams") or 1) == 1:
-                raise InputError(f"--generation_{name} is for beams: give --generation_num_beams, more than 1.")
         if None not in (options.get("max_length"), options.get("max_new_tokens")):
             raise InputError("--generation_max_length and --generation_max_new_tokens both limit the length; give one.")
         if args.max_multi_token_predictions is not None:
@@ -108,6 +105,14 @@ class Summarization(Seq2Seq):
         given = {name: value for name, value in self.options.items() if name not in limits or value is not None}
         generation: Any = model.generation_config
         generation.update(**(limits | given))
+        for use, more, idle in (
+            (generation.do_sample, "--generation_do_sample", _FOR_DRAWS),
+            ((generation.num_beams or 1) > 1, "--generation_num_beams, more than 1", _FOR_BEAMS),
+        ):
+            for name, nothing in () if use else idle.items():
+                if self.options.get(name) not in (None, nothing):
+                    raise InputError(f"--generation_{name}={self.options[name]} does nothing without {more}.")
+                setattr(generation, name, None)
         try:
             generation.validate(strict=True)
         except ValueError as error:

@@ -255,11 +255,11 @@ _AT_LEAST_ONE = (
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
     *("max_number_of_spans", "max_target_length", "max_multi_token_predictions", "generation_num_beams"),
     *("generation_max_length", "generation_max_new_tokens", "generation_no_repeat_ngram_size"),
-    *("generation_encoder_no_repeat_ngram_size", "generation_top_k"),
+    "generation_encoder_no_repeat_ngram_size",
 )
 _NOT_NEGATIVE = (
     *("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin", "bert_score_layer"),
-    *("generation_min_length", "generation_min_new_tokens"),
+    *("generation_min_length", "generation_min_new_tokens", "generation_top_k"),
 )
 _MORE_THAN_0 = ("temperature", "mean_span_length", "generation_temperature", "generation_repetition_penalty")
 _SHARES = (
