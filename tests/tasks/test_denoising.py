@@ -189,8 +189,6 @@ def test_a_run(model: str, tokenizers: dict[str, Any], make_writer: Callable[...
     results = train(**flags)
     scores = results["valid"]
     assert set(scores) == {"denoising/accuracy", "denoising/perplexity", "denoising/loss"}
-    first = next(line for line in (tmp_path / "runs/run/metrics.csv").read_text().splitlines()[1:])
-    assert first
     assert scores["denoising/loss"] < 0.95 * np.log(len(tokenizer))
     best = tmp_path / "pre_trained_models/run/best"
     net = transformers.AutoModelForSeq2SeqLM.from_pretrained(best).eval()

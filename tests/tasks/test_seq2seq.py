@@ -1,5 +1,6 @@
 """What decoders are given and what it costs, for every kind of encoder-decoder."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_padding_at_the_left_changes_nothing(tokenizers: dict[str, Any], make_wr
     assert torch.equal(said[0][1], said[1][1])
 
 
-def test_special_ids_of_a_config_from_scratch(tokenizers: dict[str, Any], make_writer: Any) -> None:
+def test_special_ids_of_a_config_from_scratch(tokenizers: dict[str, Any], make_writer: Any, tmp_path: Path) -> None:
     """With BERT's tokenizer, which has separators in place of an end."""
     flags: dict[str, Any] = {"pipeline": "denoising", "model": "bart", "max_sequence_length": 32}
     tokenizer, keys = tokenizers["word_piece"], make_writer("bart")
@@ -124,6 +125,10 @@ def test_special_ids_of_a_config_from_scratch(tokenizers: dict[str, Any], make_w
     config = load_config(make_train_args(**flags, additional_config_kwargs=keys), tasks, tokenizer)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (2, 3, 0)
     assert (config.decoder_start_token_id, config.forced_eos_token_id) == (3, 3)
+    own = transformers.BartConfig(vocab_size=50, decoder_start_token_id=44, d_model=16)
+    own.save_pretrained(tmp_path)
+    config = load_config(make_train_args(pipeline="denoising", pre_trained_config=str(tmp_path)), tasks, tokenizer)
+    assert (config.decoder_start_token_id, config.forced_eos_token_id) == (44, 3)  # a language stays
     keys = (*keys, "decoder_start_token_id=2")
     assert (
         load_config(make_train_args(**flags, additional_config_kwargs=keys), tasks, tokenizer).decoder_start_token_id

@@ -107,18 +107,19 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
 
 def _decoder_ids(config: Any, tokenizer: Any) -> dict[str, int]:
     """Ids with which a decoder begins and ends, from scratch: what they are in the config, the padding, the beginning
-    or the end, they are in the tokenizer. Where the config does not say, the decoder begins with padding.
+    or the end, they are in the tokenizer; others stay (a language). Where the config does not say, the decoder begins
+    with padding.
     """
     names = {"pad": ("pad",), "eos": ("eos", "sep"), "bos": ("bos", "cls")}
     found = {role: [getattr(tokenizer, f"{name}_token_id") for name in some] for role, some in names.items()}
     own = {role: next((id for id in some if id is not None), None) for role, some in found.items()}
     ids = {f"{name}_token_id": id for name, id in own.items() if id is not None}
-    for key in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+    for key in ("decoder_start_token_id", "forced_eos_token_id"):
         value = getattr(config, key, None)
-        role = next(
-            (name for name in own if value is not None and getattr(config, f"{name}_token_id", None) == value), "pad"
-        )
-        if value is not None or key == "decoder_start_token_id":
+        role = next((name for name in own if getattr(config, f"{name}_token_id", None) == value), None)
+        if value is None:
+            role = "pad" if key == "decoder_start_token_id" else None
+        if role is not None:
             ids[key] = own["pad"] if own[role] is None else own[role]
     return ids
 
