@@ -1,5 +1,6 @@
 """Scores of texts that a model has written, against one or more references each: ROUGE, BLEU, BERTScore."""
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,16 +25,41 @@ def sentences(text: str) -> list[str]:
     return [part for line in text.splitlines() for part in _SENTENCE_END.split(line.strip()) if part]
 
 
+def check_installed() -> None:
+    """An InputError where the packages for ROUGE and BLEU are missing."""
+    for name in ("rouge_score", "sacrebleu"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"scores of written texts need {name}: pip install 'funneltfm[generation]'.")
+
+
+def check_encoder(model: str, layer: int) -> None:
+    """An InputError where `model` has no such layer for BERTScore, or there is no such model."""
+    import transformers
+
+    try:
+        n_layers = transformers.AutoConfig.from_pretrained(model).num_hidden_layers
+    except Exception as error:  # transformers and the hub raise all kinds
+        raise _no_encoder(model, error) from error
+    if not 0 <= layer <= n_layers:
+        raise InputError(f"bert_score_layer must be from 0 to {n_layers}, the layers of {model}; got {layer}.")
+
+
+def _no_encoder(model: str, error: Exception) -> InputError:
+    return InputError(
+        f"BERTScore cannot load the encoder {model}: {brief(' '.join(str(error).split()), 400)}. Give another "
+        f"--bert_score_model, a folder or a name on the hub, and its --bert_score_layer; or leave BERTScore out."
+    )
+
+
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Means over all texts of precision, recall and F of ROUGE-1, -2, -L and -Lsum (Lin 2004), words without their
     endings (Porter), by the package rouge-score. Of several references the one with the best F counts, for each kind
     apart. Sentences, for Lsum, are those of `sentences`.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.tokenizers import DefaultTokenizer
-    except ImportError as error:
-        raise InputError(f"ROUGE needs rouge-score ({error}): pip install 'funneltfm[generation]'.") from error
+    check_installed()
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
     words = DefaultTokenizer(use_stemmer=True)  # given, or absl puts a handler on the root logger to say that it is not
     scorer = RougeScorer(list(ROUGES), tokenizer=words)
     scores = [
@@ -49,10 +75,9 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 def sacrebleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """BLEU of the whole corpus, 0 to 100, as the package sacrebleu takes it by default (Post 2018)."""
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError as error:
-        raise InputError(f"SacreBLEU needs sacrebleu ({error}): pip install 'funneltfm[generation]'.") from error
+    check_installed()
+    from sacrebleu import corpus_bleu
+
     most = max(map(len, references))
     streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
     return float(corpus_bleu(list(predictions), streams).score)
@@ -73,18 +98,13 @@ def bert_score(
     """
     import transformers
 
+    check_encoder(model, layer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         encoder: Any = transformers.AutoModel.from_pretrained(model).to(device).eval()
     except Exception as error:  # transformers and the hub raise all kinds
-        raise InputError(
-            f"BERTScore cannot load the encoder {model}: {brief(' '.join(str(error).split()), 400)}. Give another "
-            f"--bert_score_model, a folder or a name on the hub, and its --bert_score_layer; or leave BERTScore out."
-        ) from error
-    n_layers = encoder.config.num_hidden_layers
-    if not 0 <= layer <= n_layers:
-        raise InputError(f"bert_score_layer must be from 0 to {n_layers}, the layers of {model}; got {layer}.")
+        raise _no_encoder(model, error) from error
     longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512))
 
     def vectors(texts: Sequence[str]) -> list[Tensor]:

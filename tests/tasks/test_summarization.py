@@ -220,6 +220,7 @@ def test_sampling_takes_no_random_numbers_from_the_training(tokenizers: dict[str
         ({"max_multi_token_predictions": 2, "generation_num_beams": 3}, "num_beams does not go with"),
         ({"max_multi_token_predictions": 2, "generation_do_sample": True}, "do_sample does not go with"),
         ({"valid_bert_score": True, "valid_generation": False}, "writes nothing"),
+        ({"test_bert_score": True, "bert_score_model": "/nowhere"}, "BERTScore cannot load the encoder"),
         ({"generation_num_beams": 0}, "at least 1"),
         ({"generation_top_p": 1.5, "generation_do_sample": True}, "between 0 and 1"),
         ({"max_target_length": 0}, "at least 1"),

@@ -48,6 +48,10 @@ class Summarization(Seq2Seq):
         args, options = self.args, self.options
         if args.valid_bert_score and not args.valid_generation:
             raise InputError("--valid_bert_score scores what is written, and --valid_generation=false writes nothing.")
+        if args.test_dataset is not None or (args.valid_dataset is not None and args.valid_generation):
+            summaries.check_installed()  # now, not after the training
+        if args.valid_bert_score or args.test_bert_score:
+            summaries.check_encoder(args.bert_score_model, args.bert_score_layer)
         if None not in (options.get("max_length"), options.get("max_new_tokens")):
             raise InputError("--generation_max_length and --generation_max_new_tokens both limit the length; give one.")
         if args.max_multi_token_predictions is not None:
