@@ -25,7 +25,7 @@ FLOORS = (
         "sparse.*",
         "data.*",
     ),
-    ("metrics", "ranking", "squad", "tasks.*"),
+    ("metrics", "ranking", "squad", "summaries", "tasks.*"),
     ("training.*", "experiments.*"),
     ("cli.*", "__main__"),
 )

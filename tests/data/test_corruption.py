@@ -1,5 +1,8 @@
 """Masking: what is selected, how much of it, what becomes of it, and that nothing else is touched."""
 
+import itertools
+import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -7,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funneltfm.data.corruption import masked, replaced
+from funneltfm.data.corruption import (
+    infilled,
+    masked,
+    n_noise,
+    noise_spans,
+    permuted,
+    replaced,
+    spanned,
+    unspanned_length,
+)
 from funneltfm.errors import InputError
 
 MASK, BERT = 4, (0.8, 0.1, 0.1)
@@ -143,3 +155,166 @@ def test_a_replacement_is_another_token_and_each_as_often() -> None:
     assert (np.abs(counts / 4000 - 0.25) < 4.5 * np.sqrt(0.25 * 0.75 / 4000)).all()
     for edge in (5, 13):  # the first and the last
         assert edge not in replaced(np.full(500, edge), np.ones(500, bool), np.random.default_rng(1), ordinary)
+
+
+# ---- text infilling
+
+TEXT = np.arange(100, 140)
+TEXT_WORDS = np.array([-1, *np.repeat(np.arange(19), 2), -1])  # two pieces a word
+INNER = TEXT_WORDS >= 0
+
+
+def fill(seed: int, probability: float = 0.3, mean: float = 3.0, **more: Any) -> np.ndarray:
+    more = {"mask_id": MASK, "longest": 100} | more
+    return infilled(TEXT, INNER, TEXT_WORDS, np.random.default_rng(seed), probability, mean, **more)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0.3, 6), st.booleans())
+def test_infilling_removes_exactly_its_budget(seed: int, probability: float, mean: float, whole: bool) -> None:
+    filled = fill(seed, probability, mean, whole_words=whole)
+    left = filled[filled != MASK]
+    budget = 2 * round(probability * 19) if whole else round(probability * 38)
+    assert len(left) == 40 - budget
+    assert (left == TEXT[np.isin(TEXT, left)]).all()  # in their order
+    assert filled[0] == 100  # special tokens stay at the ends
+    assert filled[-1] == 139
+    assert (filled == MASK).any() == (budget > 0)
+    if whole:
+        assert all(np.isin([100 + i, 101 + i], left).sum() != 1 for i in range(1, 39, 2))
+
+
+def spans_of(filled: np.ndarray) -> list[int]:
+    """What each mask stands for: the numbers of tokens that are missing where masks are, where there is one mask."""
+    lengths, at = [], 0
+    while at < len(filled):
+        if filled[at] == MASK:
+            end = at
+            while filled[end] == MASK:
+                end += 1
+            missing = int(filled[end] - filled[at - 1] - 1)
+            lengths += [missing] if end == at + 1 else []
+            at = end
+        else:
+            at += 1
+    return lengths
+
+
+def test_lengths_of_spans_are_poisson_and_empty_ones_are_inserted() -> None:
+    """The older framework's empty spans vanished, and its lengths were scaled to fit."""
+    n = 4000
+    ids, lengths = np.arange(100, 100 + n), []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        filled = infilled(ids, ids > 100, ids, rng, 0.1, 3.0, mask_id=MASK, longest=2 * n)
+        lengths += spans_of(np.append(filled, 100 + n))
+    assert len(lengths) > 800
+    shares = np.bincount(lengths, minlength=12)[:12] / len(lengths)
+    expected = [math.exp(-3) * 3**k / math.factorial(k) for k in range(12)]
+    assert np.abs(shares - expected).max() < 0.03
+    assert 0.03 < shares[0] < 0.07
+
+
+def test_spans_start_at_words_where_there_is_room() -> None:
+    for seed in range(300):
+        filled = fill(seed, 0.15, 2.0)
+        before = np.flatnonzero(filled == MASK) - 1
+        first = [filled[i] for i in before if filled[i] != MASK]  # the last token before a mask ends a word
+        assert all(token == 100 or (token - 100) % 2 == 0 for token in first)
+
+
+def test_every_token_is_infilled_with_about_the_same_chance() -> None:
+    gone = np.mean([~np.isin(TEXT, fill(seed)) for seed in range(4000)], axis=0)
+    assert gone[[0, -1]].max() == 0
+    assert gone[1:-1].mean() == pytest.approx(round(0.3 * 38) / 38)
+    assert gone[3:-3].min() > 0.2
+    assert gone[1:-1].max() < 0.4
+
+
+def test_infilling_is_kept_within_limits() -> None:
+    for seed in range(300):
+        assert (fill(seed, 0.5, 3.0, max_spans=2) == MASK).sum() <= 2
+        assert len(fill(seed, 0.1, 0.2, longest=40)) <= 40  # empty spans are left out rather
+    longer = [len(fill(seed, 0.1, 0.2)) for seed in range(300)]
+    assert max(longer) > 40
+    nothing = infilled(TEXT, np.zeros(40, bool), TEXT_WORDS, np.random.default_rng(0), 0.3, 3.0, mask_id=4, longest=99)
+    assert (nothing == TEXT).all()
+    none = np.zeros(0, np.int64)
+    assert not len(infilled(none, none > 0, none, np.random.default_rng(0), 0.3, 3.0, mask_id=4, longest=9))
+
+
+# ---- sentence permutation
+
+
+def test_permutation_permutes() -> None:
+    """The older framework split the text and joined it again: 20 draws, one result."""
+    ends = np.isin(np.arange(12), [3, 5, 9])  # 4 sentences: 1-3, 4-5, 6-9, 10
+    fixed = np.isin(np.arange(12), [0, 11])
+    orders = [tuple(permuted(ends, fixed, np.random.default_rng(seed))) for seed in range(600)]
+    sentences = [(1, 2, 3), (4, 5), (6, 7, 8, 9), (10,)]
+    wanted = {(0, *sum(order, ()), 11) for order in itertools.permutations(sentences)}
+    assert set(orders) == wanted
+    counts = np.unique(np.array(orders), axis=0, return_counts=True)[1]
+    assert counts.min() > 8  # of 25
+
+
+def test_sentences_stay_between_what_is_fixed() -> None:
+    ends, fixed = np.isin(np.arange(9), [1, 5, 6]), np.isin(np.arange(9), [3])
+    for seed in range(50):
+        order = permuted(ends, fixed, np.random.default_rng(seed))
+        assert sorted(order[:3]) == [0, 1, 2]
+        assert order[3] == 3
+        assert sorted(order[4:]) == [4, 5, 6, 7, 8]
+    assert list(permuted(np.zeros(0, bool), np.zeros(0, bool), np.random.default_rng(0))) == []
+
+
+# ---- span corruption
+
+
+@pytest.mark.parametrize(
+    ("length", "n", "target"), [(512, 568, 114), (128, 141, 29), (64, 70, 14)]
+)  # the first one is T5's (Raffel et al. 2020, section 3.1.4 and its code: 568 and 114)
+def test_texts_are_as_long_as_fits(length: int, n: int, target: int) -> None:
+    assert unspanned_length(length - 1, 0.15, 3.0, 100) == n
+    noise, spans = n_noise(n, 0.15, 3.0, 100)
+    assert n - noise + spans + 1 == length
+    assert noise + spans + 1 == target
+    noise, spans = n_noise(n + 1, 0.15, 3.0, 100)
+    assert n + 1 - noise + spans + 1 > length
+
+
+@given(st.integers(0, 300), st.floats(0.01, 0.9), st.floats(0.5, 8), st.integers(1, 40), st.integers(0, 2**31))
+def test_inputs_and_targets_rebuild_the_text(n: int, density: float, mean: float, most: int, seed: int) -> None:
+    ids, sentinels = np.arange(1000, 1000 + n), np.arange(40)
+    noise = noise_spans(n, np.random.default_rng(seed), density, mean, most)
+    assert noise.sum() == (0 if n < 2 else min(max(round(n * density), 1), n - 1))
+    inputs, targets = spanned(ids, noise, sentinels)
+    count = n_noise(n, density, mean, most)[1]
+    assert inputs[inputs < 1000].tolist() == targets[targets < 1000].tolist() == list(range(count))  # in order
+    assert len(inputs) == n - noise.sum() + count
+    assert len(targets) == noise.sum() + count
+    rebuilt: list[int] = []
+    for token in inputs.tolist():
+        if token >= 1000:
+            rebuilt.append(token)
+            continue
+        start = targets.tolist().index(token) + 1
+        rebuilt += itertools.takewhile(lambda other: other >= 1000, targets[start:].tolist())
+    assert rebuilt == ids.tolist()
+    if count:
+        assert noise[-1]
+        assert not noise[0]
+
+
+def test_lengths_are_drawn_from_all_compositions_alike() -> None:
+    """10 tokens, 4 of noise in 2 spans: 3 ways to cut the noise, 5 to cut the rest."""
+    seen = Counter(tuple(noise_spans(10, np.random.default_rng(seed), 0.4, 2.0, 9).tolist()) for seed in range(3000))
+    assert len(seen) == 15
+    assert min(seen.values()) > 140  # of 200
+
+
+def test_whole_words_are_noise_or_not() -> None:
+    words = TEXT_WORDS[1:-1]
+    for seed in range(100):
+        noise = noise_spans(38, np.random.default_rng(seed), 0.3, 3.0, 9, words)
+        assert (noise[::2] == noise[1::2]).all()
+        assert noise[::2].sum() == round(0.3 * 19)

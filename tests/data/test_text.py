@@ -304,3 +304,36 @@ def test_case_of_a_vocabulary_file(tmp_path: Path) -> None:
         path.write_text("\n".join([*BERT, "Fox", "fox"]))
         tokens = get_text_tokenizer(str(path)).tokenize("Fox")
         assert tokens == (["Fox"] if cased else ["fox"]), name
+
+
+# ---- ids with a meaning
+
+
+def test_sentinels_are_sorted_by_their_numbers() -> None:
+    names = ["<pad>", "</s>", "<extra_id_2>", "<extra_id_10>", "<extra_id_0>", "<extra_id_1>", "a", "b."]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a")),
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+    text = TextEncoder(tokenizer)
+    assert text.sentinel_ids.tolist() == [4, 5, 2, 3]
+    assert text.stop_ids.tolist() == [7]
+    assert text.end_id == 1
+    assert text.probe == "a"
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_ends_of_sentences_and_texts(kind: str, made: Callable[[str], Any]) -> None:
+    text = TextEncoder(made(kind))
+    assert not len(text.sentinel_ids)
+    assert {"."} <= {text.tokenizer.convert_ids_to_tokens(int(i))[-1] for i in text.stop_ids} <= {".", "!", "?"}
+    assert text.end_id == text.tokenizer.sep_token_id
+
+
+def test_a_tokenizer_without_an_end() -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, unk_token="a")), pad_token="<pad>"
+    )
+    with pytest.raises(InputError, match="no token that ends a text"):
+        _ = TextEncoder(tokenizer).end_id

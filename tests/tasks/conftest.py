@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import funneltfm  # noqa: F401  its models are known to the Auto classes
 from funneltfm.funnel.hf import FunnelTFMConfig
+from funneltfm.training import train as train_module
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog . Mr. Smith's unbelievable tokenization isn't easy !",
@@ -61,6 +63,22 @@ def unigram() -> Any:
     return _named(tokenizer, *(ROBERTA[i] for i in (1, 3, 0, 2, 4)))
 
 
+def sentinels() -> Any:
+    """Like T5's: SentencePiece, an end and no beginning, and sentinels, the last one first."""
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(11, -1, -1))]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator([" ".join(CORPUS)] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def _named(tokenizer: Tokenizer, pad: str, unk: str, cls: str, sep: str, mask: str) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, mask_token=mask
@@ -75,6 +93,7 @@ def tokenizers() -> dict[str, Any]:
     return {name: make() for name, make in TOKENIZERS.items()} | {
         "bert_like": bert_like(),
         "roberta_like": roberta_like(),
+        "sentinels": sentinels(),
     }
 
 
@@ -125,6 +144,69 @@ def tiny_config(model_type: str, vocab_size: int, pad_id: int = 0) -> Any:
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Any]:
     return tiny_config
+
+
+# ---- models that write
+
+_SIDES = {
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
+}  # fmt: skip
+_T5 = {"d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+WRITERS: dict[str, dict[str, Any]] = {
+    "bart": _SIDES,
+    "t5": _T5,
+    "mbart": _SIDES,
+    "pegasus": _SIDES,
+    "longt5": _T5 | {"local_radius": 3},
+    "m2m_100": _SIDES,
+    "blenderbot": _SIDES,
+}
+
+
+def writer_flags(model_type: str, **more: Any) -> tuple[str, ...]:
+    """--additional_config_kwargs of a tiny encoder-decoder without dropout."""
+    still = {} if "t5" in model_type else {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    return tuple(f"{key}={value}" for key, value in (WRITERS[model_type] | still | {"d_model": 16} | more).items())
+
+
+@pytest.fixture(scope="session")
+def make_writer() -> Callable[..., tuple[str, ...]]:
+    return writer_flags
+
+
+@pytest.fixture
+def train_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Trains with flags, once in one go and once cut hard before a step and resumed: both must end alike."""
+
+    def go(flags: dict[str, Any], at_step: int) -> None:
+        folders = {name: Path(flags["output_dir"]) / name for name in ("whole", "cut")}
+        whole = train_module.train(**flags | {"output_dir": str(folders["whole"])})
+
+        def stop(module: Any, batch: Any, batch_idx: int) -> None:
+            if module.global_step >= at_step:
+                raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.TaskModule, "on_train_batch_start", stop)
+            with pytest.raises(InterruptedError):
+                train_module.train(**flags | {"output_dir": str(folders["cut"])})
+        more = {"name": "run", "output_dir": str(folders["cut"]), "resume": True}
+        resumed = train_module.train(**more, pipeline=flags["pipeline"])
+        assert {"valid", "steps"} <= whole.keys()
+        assert {name: whole[name] for name in ("valid", "steps")} == {
+            name: resumed[name] for name in ("valid", "steps")
+        }
+        states = [
+            torch.load(folder / "checkpoints/run/last.ckpt", weights_only=True)["state_dict"]
+            for folder in folders.values()
+        ]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        written = [(folder / "predictions/run/valid.jsonl").read_bytes() for folder in folders.values()]
+        assert written[0] == written[1]
+
+    return go
 
 
 # ---- for ranking: letters and a few words

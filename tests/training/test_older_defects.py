@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from funneltfm.cli.flags import FlagParser
 from funneltfm.data.features import TrainLoader
 from funneltfm.data.text import TextEncoder, get_text_tokenizer
+from funneltfm.summaries import rouge
 from funneltfm.tasks.base import Collate, Prepare, encode_rows, make_tasks
 from funneltfm.tasks.retrieval import PAIR_LOSSES
 from funneltfm.training.model_source import make_heads
@@ -313,6 +314,11 @@ def test_21_scores_need_no_download(run):
     """The whole run had no network."""
     _, results = run
     assert results["test"]
+
+
+def test_21_rouge_of_sentences_needs_no_download():
+    pytest.importorskip("rouge_score")
+    assert rouge(["One cat. Two dogs."], [["Two dogs. One cat."]])["rougeLsum_fmeasure"] == 1
 
 
 def test_22_defaults_are_whole(tmp_path):

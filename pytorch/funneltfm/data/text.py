@@ -1,6 +1,7 @@
 """Texts to token ids with any fast tokenizer of `transformers`: one, two or more texts a row, cut to fit."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from funneltfm.errors import InputError, brief
 
 Text = str | list[str]  # a text, or its words
 NO_WORD = -1  # the word id of a special token
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _AT_ONCE = 1024  # texts that go through the tokenizer together: enough to be fast, few enough to take little memory
 
 
@@ -74,11 +76,18 @@ class TextEncoder:
             raise InputError(f"the tokenizer {self.tokenizer.name_or_path} has no padding token; it needs one.")
 
     @cached_property
-    def layout(self) -> Layout:
-        tokenizer = self.tokenizer
+    def probe(self) -> str:
+        """A word that has an id."""
         probe = next((word for word in ("a", "1", ".") if self._bare(word)), None)
         if probe is None:
-            raise InputError(f"the tokenizer {tokenizer.name_or_path} makes nothing of the texts 'a', '1' and '.'.")
+            name = self.tokenizer.name_or_path
+            raise InputError(f"the tokenizer {name} makes nothing of the texts 'a', '1' and '.'.")
+        return probe
+
+    @cached_property
+    def layout(self) -> Layout:
+        tokenizer = self.tokenizer
+        probe = self.probe
         alone, pair = (tokenizer(*texts, return_token_type_ids=True) for texts in ((probe,), (probe, probe)))
         first, second = ([i for i, n in enumerate(pair.sequence_ids(0)) if n == side] for side in (0, 1))
         end = max(i for i, side in enumerate(alone.sequence_ids(0)) if side == 0) + 1
@@ -105,6 +114,31 @@ class TextEncoder:
         """All other ids, sorted."""
         known = np.fromiter(self.tokenizer.get_vocab().values(), np.int64)
         return np.setdiff1d(known, self.special_ids)
+
+    @cached_property
+    def sentinel_ids(self) -> np.ndarray:
+        """Ids of T5's sentinels, <extra_id_0>, <extra_id_1>, ..., in this order; empty where there are none."""
+        known = self.tokenizer.get_vocab()
+        numbers = {int(found[1]): id for token, id in known.items() if (found := _SENTINEL.fullmatch(token))}
+        return np.array([numbers[number] for number in sorted(numbers)], np.int64)
+
+    @cached_property
+    def stop_ids(self) -> np.ndarray:
+        """Ids of tokens that end with a full stop, an exclamation mark or a question mark, sorted."""
+        known = self.tokenizer.get_vocab()
+        stops = np.array([id for token, id in known.items() if token.endswith((".", "!", "?"))], np.int64)
+        return np.setdiff1d(stops, self.special_ids)
+
+    @cached_property
+    def end_id(self) -> int:
+        """The id that ends a text: that of the tokenizer's token for it, or of its separator."""
+        own = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        end = next((id for id in own if id is not None), None)
+        if end is None:
+            raise InputError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no token that ends a text (eos_token or sep_token)."
+            )
+        return end
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

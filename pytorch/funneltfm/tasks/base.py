@@ -39,7 +39,7 @@ class Task:
     """Must. The group in logs: valid/NAME/accuracy."""
     auto: ClassVar[str]
     """Must. The Auto class of `transformers` whose head it trains."""
-    main_metric: ClassVar[str]
+    main_metric: str
     """Must. What selects the best checkpoint, a key of `score`."""
     words: ClassVar[bool] = False
     """The texts are lists of words; tasks that are mixed with it read the same."""
@@ -47,6 +47,8 @@ class Task:
     """It corrupts its input and makes its own labels in `prepare`; in a mixture it works on what the others encode."""
     masks: ClassVar[bool] = False
     """It needs a mask token."""
+    alone: ClassVar[bool] = False
+    """It has the whole model for itself, a decoder too, so it goes into no mixture."""
 
     distils: bool = False
     """`taught` gives what teachers can be compared by."""
@@ -123,6 +125,10 @@ class Task:
         """
         return batch
 
+    def inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """What the model's encoder takes (of a task that is `alone`: what the model takes)."""
+        return batch["inputs"]
+
     def logits(self, model: nn.Module, hidden: Any, batch: Batch) -> Tensor:
         """What the task's head says. hidden: the output of the encoder for batch["inputs"]."""
         with replayed(model, hidden):
@@ -163,6 +169,10 @@ class Task:
     def record(self, logits: Tensor, batch: Batch) -> list[Record]:
         """Must. What to keep of each example of an evaluation batch, small and on the CPU."""
         raise NotImplementedError
+
+    def evaluated(self, model: nn.Module, hidden: Any, batch: Batch, stage: str) -> list[Record]:
+        """The records of a batch; stage: valid, test or predict."""
+        return self.record(self.logits(model, hidden, batch), batch)
 
     def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
         """Must. The metrics of a whole split; GROUP/METRIC where it is not in the task's own group. records: one for
@@ -220,6 +230,8 @@ def make_tasks(pipeline: str, args: Any) -> list[Task]:
         tasks.append(getattr(importlib.import_module(module), cls)(args))
     if args.packing and len(tasks) > 1:
         raise InputError(f"--packing is for one task alone: in {pipeline} every row has its own labels. Leave it out.")
+    if len(tasks) > 1 and (alone := next((task for task in tasks if task.alone), None)):
+        raise InputError(f"pipeline {pipeline!r}: {alone.name} needs a model of its own. Train it alone.")
     if sum(task.corrupts for task in tasks) > 1:
         raise InputError(f"pipeline {pipeline!r}: two tasks of it corrupt the texts. Take one of them.")
     for task in tasks:

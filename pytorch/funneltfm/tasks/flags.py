@@ -38,7 +38,7 @@ class MaskedLMFlags:
     """Masked language modelling"""
 
     probability: float = 0.15
-    """Share of the tokens that are selected."""
+    """Share of the tokens that are selected. denoising by infilling: 0.3 by default."""
     probability_masked: float = 0.8
     """Share of the selected tokens that become the mask."""
     probability_replaced: float = 0.1
@@ -168,6 +168,98 @@ class RankingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenoisingFlags:
+    """Denoising"""
+
+    denoising_objective: Literal["auto", "infilling", "span_corruption"] = "auto"
+    """infilling puts one mask for each span of tokens, the target is the whole text (BART); span_corruption puts
+    sentinels, the target is what they stand for (T5). auto: span_corruption where the tokenizer has <extra_id_0>.
+    """
+    mean_span_length: float = 3.0
+    """Mean length of a span in tokens; of infilling it is that of a Poisson distribution, so some are empty."""
+    max_number_of_spans: int | None = None
+    """Most spans of a text. Default: as many as come; of span_corruption as many as there are sentinels."""
+    whole_word_denoising: bool = False
+    """Count and cut in words, not in tokens."""
+    shuffle_sentences: bool = False
+    """infilling: shuffle the sentences of the text first; they end with full stops."""
+    closing_sentinel: bool = False
+    """span_corruption: one sentinel more at the end of the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummarizationFlags:
+    """Summarization"""
+
+    document_column: tuple[str, ...] = ("document",)
+    """Column of the text, or several, as in input_columns: +sentences joins a list."""
+    summary_column: str = "summary"
+    """Column of the text to write; of a list, *a, the first is learned and all are references. Missing or null where
+    there is none.
+    """
+    additional_summaries_column: tuple[str, ...] = ()
+    """Columns with more references, for the scores alone; rows may lack them."""
+    prefix: str = ""
+    """What is put before each text, such as "summarize: "."""
+    max_target_length: int = 128
+    """Longest text to write, in tokens, special ones included; longer ones lose their end."""
+    valid_generation: bool = True
+    """Let the model write in validation too; otherwise that has the loss alone, and is quick."""
+    valid_bert_score: bool = False
+    """Take BERTScore in validation; it is slow, and every process takes it."""
+    test_bert_score: bool = False
+    """Take BERTScore in test and prediction."""
+    bert_score_model: str = "roberta-large"
+    """Encoder for BERTScore: a folder, or a name on the hub."""
+    bert_score_layer: int = 17
+    """The layer of it whose hidden states are compared; 17 is the usual one of roberta-large."""
+    max_multi_token_predictions: int | None = None
+    """summarization and denoising: tokens that one state of the decoder says, where it is more than the next one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationFlags:
+    """Writing of texts; where nothing is given, as the model's generation_config.json says"""
+
+    generation_max_length: int | None = None
+    """Longest text in tokens, with the one that the decoder begins with. Default: max_target_length and that one."""
+    generation_max_new_tokens: int | None = None
+    """Longest text in tokens, without it."""
+    generation_min_length: int | None = None
+    """Shortest text in tokens, with it."""
+    generation_min_new_tokens: int | None = None
+    """Shortest text in tokens, without it."""
+    generation_num_beams: int | None = None
+    """Beams; 1 takes the likeliest token each time."""
+    generation_length_penalty: float | None = None
+    """With beams: more than 0 favours long texts, less than 0 short ones."""
+    generation_early_stopping: bool = False
+    """With beams: stop as soon as there are as many whole texts as beams."""
+    generation_no_repeat_ngram_size: int | None = None
+    """No sequence of so many tokens comes twice."""
+    generation_encoder_no_repeat_ngram_size: int | None = None
+    """No sequence of so many tokens of the document is written."""
+    generation_repetition_penalty: float | None = None
+    """More than 1 makes tokens that were written already less likely."""
+    generation_do_sample: bool = False
+    """Draw tokens, by the seed, in place of taking the likeliest."""
+    generation_temperature: float | None = None
+    """With do_sample: divides the logits."""
+    generation_top_k: int | None = None
+    """With do_sample: from so many likeliest tokens; 0 from all. Where the model does not say, it is 50."""
+    generation_top_p: float | None = None
+    """With do_sample: from the likeliest tokens that have this share together."""
+    generation_typical_p: float | None = None
+    """With do_sample: from the most typical tokens that have this share together."""
+    generation_renormalize_logits: bool = False
+    """Make the scores probabilities again after all of these."""
+    generation_suppress_tokens: tuple[int, ...] | None = None
+    """Ids that are never written."""
+    generation_begin_suppress_tokens: tuple[int, ...] | None = None
+    """Ids that are not written at the beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightFlags:
     """Weights of the losses of a mixture of tasks"""
 
@@ -204,6 +296,9 @@ TASK_GROUPS: tuple[tuple[str, type, tuple[str, ...]], ...] = tuple(
             QuestionAnsweringFlags,
             MultipleChoiceFlags,
             RankingFlags,
+            DenoisingFlags,
+            SummarizationFlags,
+            GenerationFlags,
         ),
         WeightFlags,
     )
@@ -216,6 +311,7 @@ _MASKING = (
 _DETECTION = ("probability", "whole_word_detection", "exact_masking", "input_columns", "input_column", "packing")
 _LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
 WITH_K = ("classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
+_GENERATION = tuple(GenerationFlags.__dataclass_fields__)
 _TOKEN_CLASS = ("input_column", "input_columns", *_LABELS, "label_scheme", "token_class_weight")
 
 # Where each task is written, and the flags that it reads.
@@ -264,6 +360,15 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
         frozenset({*_MASKING, "input_columns", "input_column", "packing", "masked_lm_weight", "token_detection_weight"})
         | {"sample_function", "embedding_sharing", "tie_generator_discriminator_embeddings", "generator_size"}
         | {"pre_trained_generator_config", "pre_trained_generator_model"},
+    ),
+    "denoising": (
+        "funneltfm.tasks.denoising:Denoising",
+        frozenset(DenoisingFlags.__dataclass_fields__)
+        | {"probability", "input_columns", "input_column", "packing", "max_multi_token_predictions"},
+    ),
+    "summarization": (
+        "funneltfm.tasks.summarization:Summarization",
+        frozenset({*SummarizationFlags.__dataclass_fields__, *_GENERATION, "label_smoothing"}),
     ),
 }
 ALIASES = {

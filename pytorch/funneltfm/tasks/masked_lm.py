@@ -1,19 +1,18 @@
 """`masked_lm`: find the tokens that were masked, replaced or left (Devlin et al. 2019, section 3.1)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funneltfm.data.corruption import masked
-from funneltfm.data.features import Batch, Example, Features
+from funneltfm.data.features import Batch, Example
 from funneltfm.data.text import NO_WORD, Text, TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
+from funneltfm.tasks.base import IGNORED, Row, Task
 from funneltfm.tasks.heads import replayed, selected
+from funneltfm.tasks.tokens import PredictsTokens
 
 
 class Corrupting(Task):
@@ -38,12 +37,11 @@ class Corrupting(Task):
         return (example["word_ids"] != NO_WORD) & ~np.isin(example["input_ids"], text.special_ids)
 
 
-class MaskedLM(Corrupting):
+class MaskedLM(PredictsTokens, Corrupting):
     """Cross entropy on the selected tokens. Only their logits are computed."""
 
     name = "masked_lm"
     auto = "AutoModelForMaskedLM"
-    main_metric = "perplexity"
     masks = True
     distils = True
 
@@ -75,54 +73,6 @@ class MaskedLM(Corrupting):
         few = {name: tensor[:1, :1] for name, tensor in batch["inputs"].items()}
         with replayed(model, selected(hidden, chosen)):
             return model(**few).logits[0]
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The mean over selected tokens; 0 where none is."""
-        labels = batch["masked_lm_labels"]
-        labels = labels[labels != IGNORED]
-        return F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
-
-    def size(self, batch: Batch) -> float | None:
-        labels = batch.get("masked_lm_labels")
-        return None if labels is None else float((labels != IGNORED).sum())
-
-    # ---- scores
-
-    def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        labels = batch["masked_lm_labels"]
-        labels = labels[labels != IGNORED]
-        if not len(labels):
-            return {}
-        loss = F.cross_entropy(logits.float(), labels).item()
-        accuracy = (logits.argmax(-1) == labels).float().mean().item()
-        return {"accuracy": accuracy, "perplexity": float(np.exp(min(loss, 700.0)))}
-
-    def record(self, logits: Tensor, batch: Batch) -> list[Record]:
-        labels = batch["masked_lm_labels"]
-        chosen = labels != IGNORED
-        picked = labels[chosen]
-        row = chosen.nonzero()[:, 0]
-        zeros = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
-        nll = F.cross_entropy(logits.float(), picked, reduction="none").double()
-        found = (logits.argmax(-1) == picked).double()
-        sums = torch.stack([zeros.index_add(0, row, x) for x in (nll, found, torch.ones_like(nll))], dim=1).cpu()
-        return [{"nll": nll, "found": found, "count": count} for nll, found, count in sums.tolist()]
-
-    def score(self, records: list[Record], features: Features, rows: Sequence[Row]) -> dict[str, float]:
-        """Sums over the whole split: perplexity is exp of the mean over its selected tokens."""
-        nll, found, count = (sum(record[name] for record in records) for name in ("nll", "found", "count"))
-        if count == 0:
-            raise InputError(
-                f"masked_lm has nothing to score: no token of {len(records)} examples was selected. Their texts are "
-                f"empty, or so few and short that --exact_masking is needed."
-            )
-        return {"accuracy": found / count, "perplexity": float(np.exp(min(nll / count, 700.0))), "loss": nll / count}
-
-    def predict(self, records: list[Record], features: Features, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        """The mean loss of each row's (block's) selected tokens, null where none was."""
-        for record, row in zip(records, features.plain["row"], strict=True):
-            loss = record["nll"] / record["count"] if record["count"] else None
-            yield own_id(rows[int(row)]) | {"loss": loss, "selected": int(record["count"])}
 
 
 def _packed(rows: Sequence[Sequence[Text]], text: TextEncoder) -> list[Example]:

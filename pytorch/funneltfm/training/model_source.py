@@ -79,6 +79,8 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             key = f"{name}_token_id"
             if (value := getattr(tokenizer, key, None)) is not None and hasattr(config, key):
                 more.setdefault(key, value)
+        if config.is_encoder_decoder:
+            more = _decoder_ids(config, tokenizer) | more
     by_name = args.pre_trained_config is None and args.pre_trained_model is None
     try:  # of a config by name, what is not given follows from what is: layer_types from num_hidden_layers, say
         config = type(config).from_dict(({} if by_name else config.to_dict()) | more)
@@ -106,6 +108,25 @@ def n_positions(config: Any) -> int:
     limit = getattr(config, "max_position_embeddings", None) or 0
     after_pad = limit > 0 and config.model_type.removeprefix("lsg-") in _POSITIONS_AFTER_PAD
     return limit - (config.pad_token_id + 1) if after_pad else limit
+
+
+def _decoder_ids(config: Any, tokenizer: Any) -> dict[str, int]:
+    """Ids with which a decoder begins and ends, from scratch: what they are in the config, the padding, the beginning
+    or the end, they are in the tokenizer; others stay (a language). Where the config does not say, the decoder begins
+    with padding.
+    """
+    names = {"pad": ("pad",), "eos": ("eos", "sep"), "bos": ("bos", "cls")}
+    found = {role: [getattr(tokenizer, f"{name}_token_id") for name in some] for role, some in names.items()}
+    own = {role: next((id for id in some if id is not None), None) for role, some in found.items()}
+    ids = {f"{name}_token_id": id for name, id in own.items() if id is not None}
+    for key in ("decoder_start_token_id", "forced_eos_token_id"):
+        value = getattr(config, key, None)
+        role = next((name for name in own if getattr(config, f"{name}_token_id", None) == value), None)
+        if value is None:
+            role = "pad" if key == "decoder_start_token_id" else None
+        if role is not None:
+            ids[key] = own["pad"] if own[role] is None else own[role]
+    return ids
 
 
 def additional_kwargs(words: Sequence[str]) -> dict[str, Any]:

@@ -79,12 +79,13 @@ class TaskModule(ExactResume):
         weight = getattr(self.args, f"{name}_weight")
         return self.args.seq_class_weight if weight is None else weight
 
-    def run(self, tasks: Sequence[Task], batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
-        """The batch as the encoder has seen it, and the logits of each task."""
+    def encode(self, tasks: Sequence[Task], batch: Batch) -> tuple[Batch, Any]:
+        """The batch as the encoder has seen it, and what the encoder says."""
         for task in tasks:
             batch = task.corrupt(self.heads.of_task(task.name)[1], batch)
-        hidden = self.heads(for_encoder(self.heads, batch)["inputs"])
-        return batch, {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in tasks}
+        batch = for_encoder(self.heads, batch)
+        first = tasks[0]  # what the others take too
+        return batch, self.heads(first.inputs(self.heads.models[first.name], batch))
 
     # ---- training
 
@@ -94,7 +95,8 @@ class TaskModule(ExactResume):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         said = {} if self.teachers is None else self.teachers.logits(batch)
-        batch, logits = self.run(self.tasks, batch)
+        batch, hidden = self.encode(self.tasks, batch)
+        logits = {task.name: task.logits(self.heads.models[task.name], hidden, batch) for task in self.tasks}
         losses = {name: loss for task in self.tasks for name, loss in task.losses(logits[task.name], batch).items()}
         parts: dict[str, Tensor] = {}
         if self.teachers is not None:
@@ -147,9 +149,9 @@ class TaskModule(ExactResume):
         self._kept = {task.name: {} for task in self.scored()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        batch, logits = self.run(self.scored(), batch)
+        batch, hidden = self.encode(self.scored(), batch)
         for task in self.scored():
-            records = task.record(logits[task.name], batch)
+            records = task.evaluated(self.heads.models[task.name], hidden, batch, self.stage)
             self._kept[task.name].update(zip(batch["index"].tolist(), records, strict=True))
 
     def on_validation_epoch_end(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from funneltfm.errors import InputError
-from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, check_task_flags, task_names
+from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, task_names
 from funneltfm.training.config import Args, Group, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
@@ -18,7 +18,7 @@ class PipelineFlags:
     pipeline: str | None = None
     """What to learn: seq_class, token_class (pos_tagging, named_entity_recognition), question_answering,
     multiple_choice, answer_selection, retrieval, masked_lm, electra, random_token_detection,
-    cluster_random_token_detection, or several joined with +, such as masked_lm+seq_class.
+    cluster_random_token_detection, denoising, summarization, or several joined with +, such as masked_lm+seq_class.
     """
     name: str | None = None
     """Name of the run, and of its folders in output_dir. Default: PIPELINE-MODEL."""
@@ -44,7 +44,7 @@ class ModelFlags:
 
     model: str | None = None
     """Architecture: bert, roberta, deberta, deberta_v2, electra, albert, distilbert, camembert, xlm_roberta,
-    modernbert, funnel, or another of transformers. Needed only where neither a model nor a config is given.
+    modernbert, funnel, bart, t5, or another of transformers. Needed only where neither a model nor a config is given.
     """
     pre_trained_model: str | None = None
     """Checkpoint to start from: a folder, or a name on the hub. It implies config and tokenizer."""
@@ -275,9 +275,19 @@ _AT_LEAST_ONE = (
     *("max_sequence_length", "batch_size", "eval_batch_size", "accumulate_grad_batches", "num_nodes", "patience"),
     *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
+    *("max_number_of_spans", "max_target_length", "max_multi_token_predictions", "generation_num_beams"),
+    *("generation_max_length", "generation_max_new_tokens", "generation_no_repeat_ngram_size"),
+    "generation_encoder_no_repeat_ngram_size",
 )
-_NOT_NEGATIVE = ("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin")
-_SHARES = ("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing")
+_NOT_NEGATIVE = (
+    *("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin", "bert_score_layer"),
+    *("generation_min_length", "generation_min_new_tokens", "generation_top_k"),
+)
+_MORE_THAN_0 = ("temperature", "mean_span_length", "generation_temperature", "generation_repetition_penalty")
+_SHARES = (
+    *("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing"),
+    *("generation_top_p", "generation_typical_p"),
+)
 # Flags that do nothing without another one.
 _NEEDED = (
     *(("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection")),
@@ -382,9 +392,12 @@ class PredictFlags:
     """Show where in the code an error arises."""
 
 
-PREDICT_GROUPS: tuple[Group, ...] = (("Prediction", PredictFlags, ()),)
+PREDICT_GROUPS: tuple[Group, ...] = (
+    ("Prediction", PredictFlags, ()),
+    (str(GenerationFlags.__doc__), GenerationFlags, ()),
+)
 # Of the run that has trained a model, prediction goes by these.
-_OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence_length"}
+_OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence_length", "seed"}
 
 
 def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
@@ -417,7 +430,7 @@ def _check_ranges(args: Args) -> None:
         if (value := getattr(args, name)) is not None and value < 0:
             raise InputError(f"{name} must not be negative; got {value}.")
     for name in _SHARES:
-        if not 0 <= (value := getattr(args, name)) <= 1:
+        if (value := getattr(args, name)) is not None and not 0 <= value <= 1:
             raise InputError(f"{name} must be between 0 and 1; got {value}.")
     for name in ("limit_train_batches", "val_check_interval", "max_epochs"):
         if getattr(args, name) == 0:
@@ -430,8 +443,9 @@ def _check_ranges(args: Args) -> None:
     for name, value in args.flags().items():
         if name.endswith("_weight") and isinstance(value, float) and value < 0:
             raise InputError(f"{name} must not be negative; got {value}.")
-    if args.temperature <= 0:
-        raise InputError(f"temperature must be more than 0; got {args.temperature}.")
+    for name in _MORE_THAN_0:
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise InputError(f"{name} must be more than 0; got {value}.")
     for name, losses in (
         ("margin", ("contrastive_loss", "online_contrastive_loss")),
         ("temperature", ("in_batch_negatives_loss",)),
