@@ -1,5 +1,6 @@
 """Texts to token ids with any fast tokenizer of `transformers`: one, two or more texts a row, cut to fit."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,17 @@ class TextEncoder:
         """All other ids, sorted."""
         known = np.fromiter(self.tokenizer.get_vocab().values(), np.int64)
         return np.setdiff1d(known, self.special_ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for two encoders only if they make the same ids of the same texts."""
+        import tokenizers
+
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # left behind by the last call
+            backend.pop(name, None)
+        parts = [tokenizers.__version__, backend, self.max_length, self.token_types, repr(self.layout)]
+        return hashlib.sha256(json.dumps([*parts, self.special_ids.tolist()]).encode()).hexdigest()
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -211,8 +211,13 @@ def make_tasks(pipeline: str, args: Any) -> list[Task]:
     for name in task_names(pipeline):
         module, _, cls = TASKS[name][0].partition(":")
         tasks.append(getattr(importlib.import_module(module), cls)(args))
-    if args.packing and len(tasks) > 1:
-        raise InputError(f"--packing is for one task alone: in {pipeline} every row has its own labels. Leave it out.")
+    alone = [
+        name for name in ("packing", "sentence_pairs", "tokenized_dir", "prepare_data_workers") if getattr(args, name)
+    ]
+    if alone and len(tasks) > 1:
+        raise InputError(
+            f"--{alone[0]} is for one task alone: in {pipeline} every row has its own labels. Leave it out."
+        )
     if sum(task.corrupts for task in tasks) > 1:
         raise InputError(f"pipeline {pipeline!r}: two tasks of it corrupt the texts. Take one of them.")
     for task in tasks:

@@ -113,6 +113,12 @@ class DatasetFlags:
     """Rows to keep for prediction."""
     predict_shard_dataset: int | None = None
     """Keep every n-th row for prediction only."""
+    tokenized_dir: str | None = None
+    """masked_lm, electra and their kind: folder that keeps the tokenised texts for later runs; they stay on the disk,
+    mapped into memory. Default: they are tokenised in every run, and kept in memory.
+    """
+    prepare_data_workers: int = 0
+    """masked_lm, electra and their kind: processes that tokenise; 0 does it in the main process."""
     clusters_filename: str | None = None
     """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster. A model
     that was trained so has its own.
@@ -254,13 +260,13 @@ _AT_LEAST_ONE = (
     *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
 )
-_NOT_NEGATIVE = ("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin")
+_NOT_NEGATIVE = ("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin", "prepare_data_workers")
 _SHARES = ("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing")
 # Flags that do nothing without another one.
 _NEEDED = (
     *(("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection")),
     *(("patience", "early_stopping"), ("gradient_clip_algorithm", "gradient_clip_val")),
-    *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming")),
+    *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming"), ("across_documents", "packing")),
 )
 _LOGGERS = ("csv", "tensorboard", "wandb", "none")
 
@@ -311,6 +317,10 @@ def make_train_args(**flags: Any) -> Args:
         raise InputError("--stochastic_weight_averaging begins late, and --early_stopping may end before. Give one.")
     if args.overfit_batches and args.train_weights is not None:
         raise InputError("--overfit_batches takes the first batches, --train_weights draws from all. Give one.")
+    if args.packing and args.sentence_pairs:
+        raise InputError("--packing and --sentence_pairs are two ways to make blocks of documents; give one.")
+    if args.tokenized_dir is not None and args.train_weights is not None:
+        raise InputError("--tokenized_dir keeps all datasets as one; --train_weights draws from each. Leave one out.")
     if args.streaming:
         _check_streaming(args)
     for flag in WITH_K:
@@ -372,7 +382,10 @@ def _check_streaming(args: Args) -> None:
         raise InputError("--streaming takes one --train_dataset.")
     if args.max_steps < 0:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
-    for flag in ("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"):
+    for flag in (
+        *("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
+        *("tokenized_dir", "prepare_data_workers"),
+    ):
         if getattr(args, flag):
             raise InputError(f"--{flag} does not go with --streaming.")
     for flag in ("max_epochs", "min_epochs"):
