@@ -191,10 +191,12 @@ def _unigram(texts: Callable[[], Iterable[str]], flags: Any, special: list[str],
         vocab_size=flags.vocab_size, special_tokens=special, unk_token=unk, show_progress=False
     )
     learner.train_from_iterator(texts(), trainer)
-    vocab = json.loads(learner.to_str())["model"]["vocab"]
-    pieces = sorted(
-        ((piece, round(score, 4)) for piece, score in vocab if piece not in special), key=lambda one: (-one[1], one[0])
-    )
+    vocab: list[list[Any]] = json.loads(learner.to_str())["model"]["vocab"]
+    scores = {piece: score for piece, score in vocab if piece not in special}
+    # Characters that no other piece needs stand at the end, 0.0001 apart, in no order: they get one score.
+    lowest, chars = min(scores.values()), [piece for piece in scores if len(piece) == 1]
+    scores |= {char: lowest for char in chars if scores[char] < lowest + 0.0001 * len(chars)}
+    pieces = sorted(((piece, round(score, 4)) for piece, score in scores.items()), key=lambda one: (-one[1], one[0]))
     whole = [*((token, 0.0) for token in special), *pieces]
     return make(models.Unigram(whole, unk_id=special.index(unk)))
 
