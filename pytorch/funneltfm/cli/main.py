@@ -13,6 +13,7 @@ VERBS = {
     "train": "train any encoder on any pipeline: tagging, ranking, question answering, masked LM, ...",
     "predict": "predict with a model that `train` has left, to jsonl",
     "train-tokenizer": "learn a WordPiece, BPE or Unigram tokenizer from texts",
+    "curves": "draw the scores of a run over its steps",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
     "convert-lsg": "make an LSG model, for long texts, of a checkpoint of transformers",

@@ -272,7 +272,8 @@ class Prepare:
 
 class Collate:
     """Examples to a batch: "index" (B,), "inputs" (what the encoder takes: input_ids, attention_mask with 1 = real,
-    token_type_ids, each (texts, T) int64), the tasks' own tensors, and "sizes", those of losses that have one.
+    token_type_ids, each (texts, T) int64), "tokens" (how many are real), the tasks' own tensors, and "sizes", those of
+    losses that have one.
 
     length: pad every batch to this many tokens; None pads to its longest text. token_types: whether the encoder knows
     types of tokens; otherwise it gets none.
@@ -299,6 +300,7 @@ class Collate:
         if self.token_types and "token_type_ids" in examples[0]:
             inputs["token_type_ids"] = tokens("token_type_ids", self.pad_type)
         batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}
+        batch["tokens"] = int(inputs["attention_mask"].sum())
         for task in self.tasks:
             batch |= task.collate(examples, tokens)
         return batch | {"sizes": {name: size for task in self.tasks for name, size in task.sizes(batch).items()}}

@@ -541,6 +541,7 @@ def _fit(
         "epochs": trainer.current_epoch,
         "train_seconds": round(history.train_seconds, 2),
         "examples_per_second": round(history.examples_per_second, 1),
+        "tokens_per_second": round(history.tokens_per_second, 1),
     }
     if args.stochastic_weight_averaging or not any(main in row for row in history.rows):
         return facts
