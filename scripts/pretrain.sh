@@ -37,7 +37,9 @@ else
     every=1000
 fi
 if [ -n "${valid:-}" ]; then
-    flags+=(--valid_dataset "$valid" --val_check_interval $every --check_val_every_n_epoch none)
+    # The detector's scores fall as the generator learns, so the best model is that of the best generator.
+    flags+=(--valid_dataset "$valid" --val_check_interval $every --check_val_every_n_epoch none
+        --monitor valid/masked_lm/perplexity)
 else
     flags+=(--checkpoint_interval $every)
 fi

@@ -385,10 +385,11 @@ class Progress(Callback):
         self._shown = len(self.history.rows)
 
     def _train_scores(self, row: dict[str, float]) -> str:
-        """Of the training batch: the score that selects the best model, and perplexities."""
+        """Of the training batch: F1 and perplexity, and the score that selects the best model."""
         main = self.history.main.replace("valid/", "train/", 1)
-        names = [name for name in row if name == main or (name.startswith("train/") and name.endswith("/perplexity"))]
-        return "".join(f"{name.removeprefix('train/')} {row[name]:.4f}  " for name in names)
+        shown = [name for name in row if name.startswith("train/") and name.endswith(("/f1", "/perplexity"))]
+        shown += [main] if main in row and main not in shown else []
+        return "".join(f"{name.removeprefix('train/')} {row[name]:.4f}  " for name in shown)
 
     def _say(self, line: str) -> None:
         if self._bar is not None:
