@@ -2,8 +2,9 @@
 """What pretraining is worth: a small Funnel pretrained on wikitext-2 by ELECTRA and by masked words at equal compute,
 then finetuned on CoLA and SST-2 beside the same model from scratch, several seeds each.
 
-    .venv/bin/python benchmarks/pretraining.py --data DATA --out exp/pretraining
-    .venv/bin/python benchmarks/pretraining.py --data DATA --out exp/smoke --smoke               # a minute or two
+    .venv/bin/python benchmarks/pretraining.py --data DATA --out exp/pretraining --results benchmarks/results
+    .venv/bin/python benchmarks/pretraining.py --data DATA --out exp/short --steps 600 --rows 20000   # half of that
+    .venv/bin/python benchmarks/pretraining.py --data DATA --out exp/smoke --smoke                    # two minutes
 
 DATA holds wikitext-2/, CoLA/ and SST-2/. Equal compute are equal FLOPs of all matrix products of the training steps,
 forward and backward, counted on a batch of each; masked words get as many more steps as their step is cheaper. What was

@@ -125,9 +125,8 @@ def _blocks(
     ids: list[int], words: list[int], starts: list[tuple[int, int]], room: int, text: TextEncoder
 ) -> Iterator[Example]:
     for i in range(0, len(ids), room):
-        yield text.example([ids[i : i + room]], _from_zero([words[i : i + room]])) | {
-            "row": starts[_owner(starts, i)][1]
-        }
+        block = text.example([ids[i : i + room]], _from_zero([words[i : i + room]]))
+        yield block | {"row": starts[_owner(starts, i)][1]}
 
 
 def _owner(starts: list[tuple[int, int]], place: int) -> int:

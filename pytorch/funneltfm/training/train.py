@@ -420,7 +420,7 @@ def _collate(args: Args, module: TaskModule, text: TextEncoder) -> Collate:
 
 def _train_loader(
     args: Args, module: TaskModule, text: TextEncoder, draw: Mixture | None
-) -> tuple[TrainLoader | StreamLoader, Sequence[str]]:
+) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
     """The batches, and the names of the examples by index."""
     train = _first_batches(module.splits["train"], args)
     batches = StepSampler(
@@ -435,12 +435,12 @@ def _train_loader(
     )
     prepare = Prepare(module.tasks, text, args.seed)
     loader = TrainLoader(train.features, _collate(args, module, text), batches, prepare, args.seed, **_loading(args))
-    return loader, [str(int(row)) for row in train.features.plain["row"]]
+    return loader, train.features.plain["row"]
 
 
 def _stream_loader(
     args: Args, module: TaskModule, text: TextEncoder
-) -> tuple[TrainLoader | StreamLoader, Sequence[str]]:
+) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
     source = args.train_dataset[0]
     loader = StreamLoader(
         source,
