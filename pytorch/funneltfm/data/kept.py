@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -52,7 +53,11 @@ def kept(folder: Path, name: str, key: dict[str, Any], make: Callable[[], Iterab
             return features
         except Damaged as error:
             log.warning("%s is not what was written there (%s); it is made anew", path, error)
-    return _made(path, whole_key, make())
+    start = time.perf_counter()
+    features = _made(path, whole_key, make())
+    seconds = time.perf_counter() - start
+    log.info("%s: %d examples, tokenised in %.0f s, are kept in %s", name, len(features), seconds, path)
+    return features
 
 
 def _made(path: Path, key: dict[str, Any], examples: Iterable[Example]) -> Features:
