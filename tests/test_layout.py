@@ -33,6 +33,7 @@ PLACES = (
     "scripts/setup.sh",
     "scripts/test.sh",
     "scripts/classifier.sh",
+    "scripts/pretrain.sh",
     "tensorflow/README.md",
     "docs/architecture.md",
     ".ci/run",

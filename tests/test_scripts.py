@@ -65,6 +65,51 @@ def test_multigpu_classifier_sh_takes_all_devices(tmp_path: Path) -> None:
     assert results["steps"] == -(-200 // (16 * results["processes"]))  # 16 examples in each process
 
 
+@pytest.mark.slow
+@NEEDS_VENV
+def test_pretrain_sh_makes_what_classifier_sh_finetunes(tmp_path: Path) -> None:
+    sample = [ROOT / "data-scripts/make_sample.py", tmp_path / "sample", "--train=200"]
+    subprocess.run([ROOT / ".venv/bin/python", *sample], check=True)
+    short = ("--max_steps=6", "--log_every_n_steps=2", "--val_check_interval=3", "--batch_size=8")
+    env = {"data_dir": str(tmp_path / "sample"), "HF_HUB_OFFLINE": "1"}
+    done = bash(ROOT / "scripts/pretrain.sh", *short, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    for word in ("loss", "token_detection/f1", "masked_lm/perplexity", "tokens/s", "left"):
+        assert f" {word}" in done.stderr
+    run, pretrained = tmp_path / "outputs/runs/sample-electra", tmp_path / "pretrained/sample-electra"
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "results.json").read_text())["steps"] == 6
+    assert {"model.pt", "net_config.pytorch.json", "vocab.txt"} <= {path.name for path in pretrained.iterdir()}
+    finetune = ("--epochs=1", "--n_valid=1")
+    done = bash(ROOT / "scripts/classifier.sh", *finetune, cwd=tmp_path, pretrain_dir=str(pretrained), **env)
+    assert done.returncode == 0, done.stderr
+    assert f"loaded {pretrained}/model.pt; new: cls_head" in done.stderr
+    assert (tmp_path / "exp/sample/run_1/results.json").is_file()
+
+
+@pytest.mark.slow
+@NEEDS_VENV
+def test_pretrain_sh_takes_text_files(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("The old fox ran.\nIt was late.\n\nThe dog slept.\n" * 10)
+    words = (
+        "one.txt",
+        "two.txt",
+        "--max_steps=2",
+        "--max_sequence_length=16",
+        "--batch_size=4",
+        "--num_warmup_steps=0",
+    )
+    env = {"name": "mine", "vocab_size": "60", "pretrain_dir": "made", "HF_HUB_OFFLINE": "1"}
+    done = bash(ROOT / "scripts/pretrain.sh", *words, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "made/model.pt").is_file()
+    assert (tmp_path / "outputs/tokenizers/mine/tokenizer.json").is_file()
+    again = bash(ROOT / "scripts/pretrain.sh", *words, cwd=tmp_path, **env)
+    assert again.returncode == 1
+    assert "there is a run named mine" in again.stderr
+
+
 @NEEDS_VENV
 def test_classifier_sh_passes_flags_on(tmp_path: Path) -> None:
     done = bash(ROOT / "scripts/classifier.sh", "--help", cwd=tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funneltfm.data.sources import Mixture, Rows, concatenate, open_rows, shard, stream_rows
+from funneltfm.data.sources import Deferred, Mixture, Rows, concatenate, open_rows, shard, source_digest, stream_rows
 from funneltfm.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -637,3 +637,79 @@ def test_real_questions_words_and_lines():
     lines = Path(real("wikitext-2/wiki.valid.tokens")).read_text(encoding="utf-8").split("\n")
     assert len(lines) - 1 == 3760
     assert [row["text"] for row in open_rows(real("wikitext-2/wiki.valid.tokens"))] == [x for x in lines if x.strip()]
+
+
+# ---- documents
+
+
+DOCUMENTS = "\n \nOne.\r\n  Two. \n\t\n\n = Three = \nFour"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tokens", "a.txt.gz"])
+def test_documents_of_text_files(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(DOCUMENTS.encode()) if name.endswith(".gz") else DOCUMENTS.encode())
+    rows = open_rows(str(path), documents=True)
+    assert list(rows) == [{"text": "One.\nTwo."}, {"text": "= Three =\nFour"}]
+    assert [rows.where(i).rpartition(", ")[2] for i in range(2)] == ["line 3", "line 7"]
+    assert list(stream_rows(str(path), buffer=0, documents=True)) == list(rows)
+    shares = [list(stream_rows(str(path), buffer=0, rank=rank, ranks=2, documents=True)) for rank in range(2)]
+    assert [row for share in shares for row in share] == list(rows)
+    assert len(open_rows(str(path))) == 4  # lines
+
+
+def test_documents_of_other_files_are_their_rows(tmp_path):
+    source = put(tmp_path / "a.jsonl", '{"text": "a\\nb"}\n\n{"text": "c"}\n')
+    assert list(open_rows(source, documents=True)) == list(open_rows(source)) == [{"text": "a\nb"}, {"text": "c"}]
+
+
+def test_documents_with_bytes_that_are_no_text(tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_bytes(b"good\n\nfine\n\xe9\n\nlast\n")
+    with pytest.raises(InputError, match="line 3: expected UTF-8 text"):
+        open_rows(str(source), documents=True)
+    assert [row["text"] for row in open_rows(str(source), bad_rows="skip", documents=True)] == ["good", "last"]
+
+
+# ---- what a source holds
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+    first = put(tmp_path / "a.txt", "one\n")
+    digest = source_digest(first)
+    assert digest == source_digest(put(tmp_path / "b.txt", "one\n"))
+    assert digest != source_digest(put(tmp_path / "b.txt", "two\n"))
+    assert digest != source_digest(put(tmp_path / "b.csv", "one\n"))  # read otherwise
+    with pytest.raises(InputError, match="expected a file or folder"):
+        source_digest(str(tmp_path / "c.txt"))
+
+
+def test_the_digest_of_a_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    digests = []
+    for name, texts in (("a", ["x", "y"]), ("b", ["x", "z"])):
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / name)
+        digests.append(source_digest(str(tmp_path / name)))
+        assert source_digest(str(tmp_path / name)) == digests[-1]
+    assert digests[0] != digests[1]
+
+
+# ---- rows that are opened late
+
+
+def test_deferred_rows_are_opened_once(tmp_path):
+    source = put(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    opened = []
+
+    def now():
+        opened.append(1)
+        return open_rows(source)
+
+    rows = Deferred("late", now)
+    assert rows.name == "late"
+    assert not opened
+    assert (len(rows), list(rows), rows.columns) == (2, [{"text": "a"}, {"text": "b"}], ("text",))
+    assert rows.where(1).endswith("line 2")
+    assert list(rows[1:]) == [{"text": "b"}]
+    assert rows.class_names("text") is None
+    assert len(opened) == 1

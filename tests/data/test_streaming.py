@@ -89,3 +89,68 @@ def test_what_cannot_go_on_is_said(source, tmp_path):
     few.write_text('{"n": 1}\n')
     with pytest.raises(InputError, match="too few rows for 2 processes"):
         next(iter(loader(str(few), rank=1, ranks=2)))
+
+
+# ---- documents, each of many examples
+
+
+def blocks(rows: list[dict]) -> Features:
+    """Three examples of row n, [n], [n, n] and [n, n, n]; none of row 7."""
+    return Features.of([{"row": i, "input_ids": [row["n"]] * k} for i, row in enumerate(rows) for k in (1, 2, 3)
+                        if row["n"] != 7])  # fmt: skip
+
+
+def make_blocks(examples: list[dict]) -> dict:
+    return make(examples) | {"pairs": [(int(e["input_ids"][0]), len(e["input_ids"])) for e in examples]}
+
+
+def block_loader(source: str, **more) -> StreamLoader:
+    settings = {"batch_size": 4, "seed": 1, "length": 1000, "buffer": 8, "documents": True} | more
+    return StreamLoader(source, blocks, prepare, make_blocks, **settings)
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("funneltfm.data.streaming._GROUP", 12)
+
+
+def test_batches_of_blocks_are_full_and_have_each_once(source, small_groups):
+    batches = list(islice(block_loader(source), 74))
+    assert all(len(batch["pairs"]) == 4 for batch in batches)
+    seen = [pair for batch in batches for pair in batch["pairs"]]
+    everything = [(n, k) for n in range(50) for k in (1, 2, 3) if n != 7]
+    assert Counter(seen[:147]) == Counter(everything)
+    assert Counter(seen[147:294]) == Counter(everything)
+    assert seen[:147] != seen[147:294]
+    index = [int(i) for batch in batches for i in batch["index"]]
+    assert len({*index[:147]}) == 147
+    documents = [len({n for n, _ in batch["pairs"]}) for batch in batches]
+    assert sum(documents) / len(documents) > 3  # one document's blocks are spread
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cut", [1, 5, 9, 10, 37, 40])
+def test_a_resumed_stream_of_blocks_goes_on(source, workers, cut, small_groups):
+    whole = [batch["index"].tolist() for batch in islice(block_loader(source, num_workers=workers), 60)]
+    first = block_loader(source, num_workers=workers)
+    iterator = iter(first)
+    for _ in range(cut):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))
+    iterator.close()
+    second = block_loader(source, num_workers=workers)
+    second.load_state_dict(state)
+    assert [batch["index"].tolist() for batch in islice(second, 60 - cut)] == whole[cut:]
+
+
+def test_a_stream_of_text_files_is_of_documents(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"{n}\n{n}\n\n" for n in range(30)))
+
+    def lines(rows: list[dict]) -> Features:
+        return Features.of([{"input_ids": [int(n) for n in row["text"].split()]} for row in rows])
+
+    seen = [batch["n"].tolist() for batch in islice(StreamLoader(
+        str(path), lines, prepare, make, batch_size=3, seed=0, length=10, buffer=4, documents=True
+    ), 10)]  # fmt: skip
+    assert Counter(n for batch in seen for n in batch) == Counter(range(30))

@@ -158,45 +158,49 @@ def test_no_token_selected(tiny_tokenizer: Any, make_config: Any) -> None:
         task.score(task.record(logits, batch), features_of(task, text), ROWS)
 
 
-# ---- packing
+# ---- blocks (tests/data/test_blocks.py has the rest)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [5, 16, 64])
-def test_packing_rebuilds_the_text(kind: str, length: int, tokenizers: dict[str, Any]) -> None:
-    tokenizer = tokenizers[kind]
-    task, text = task_of(packing=True), TextEncoder(tokenizer, length)
+@pytest.mark.parametrize(
+    "flags", [{"packing": True, "across_documents": True}, {"packing": True}, {"sentence_pairs": True}]
+)
+def test_blocks_rebuild_the_text(flags: dict[str, Any], tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["word_piece"]
+    task, text = task_of(**flags), TextEncoder(tokenizer, 16)
     features = features_of(task, text)
-    layout = text.layout
-    before, after = len(layout.prefix), len(layout.suffix_alone)
-    ids: list[int] = []
-    words: list[int] = []
-    for i in range(len(features)):
-        example = features[i]
-        block = example["input_ids"].tolist()
-        assert len(block) == length or i == len(features) - 1
-        assert block[:before] == layout.prefix
-        assert block[len(block) - after :] == layout.suffix_alone
-        assert len(example["word_ids"]) == len(block) == len(example.get("token_type_ids", block))
-        ids += block[before : len(block) - after]
-        words += example["word_ids"][before : len(block) - after].tolist()
-    expected: list[int] = []
-    starts = []
-    for row in ROWS:
-        starts.append(len(expected))
-        expected += tokenizer(row["text"], add_special_tokens=False)["input_ids"] + layout.suffix_alone[:1]
-    assert ids == expected
-    real = [word for word in words if word != NO_WORD]
-    assert real == sorted(real)  # words go on counting, so none is joined to that of another text
-    assert words.count(NO_WORD) == len(ROWS)
-    room = length - before - after
-    owners = [max(row for row, start in enumerate(starts) if start <= i * room) for i in range(len(features))]
-    assert features.plain["row"].tolist() == owners
+    kept = [i for n in range(len(features)) for i in features[n]["input_ids"] if i not in text.special_ids]
+    expected = [i for row in ROWS for i in tokenizer(row["text"], add_special_tokens=False)["input_ids"]]
+    assert kept == [i for i in expected if i not in text.special_ids]
+    if flags == {"packing": True, "across_documents": True}:
+        assert set(features.lengths[:-1]) == {16}
+    else:  # an example has tokens of one row alone
+        rows = features.plain["row"]
+        for n in range(len(features)):
+            of_row = tokenizer(ROWS[rows[n]]["text"], add_special_tokens=False)["input_ids"]
+            assert set(features[n]["input_ids"]) <= {*of_row, *text.special_ids}
 
 
 def test_packing_needs_room(tiny_tokenizer: Any) -> None:
     with pytest.raises(InputError, match="leaves no room for 1 texts beside 2 special tokens"):
         features_of(task_of(packing=True), TextEncoder(tiny_tokenizer, 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"packing": True, "sentence_pairs": True}, "two ways to make blocks"),
+        ({"across_documents": True}, "--across_documents needs --packing"),
+        ({"prepare_data_workers": -1}, "prepare_data_workers must not be negative"),
+        ({"tokenized_dir": "x", "train_dataset": ["a", "b"], "train_weights": [1.0, 2.0]}, "Leave one out"),
+        ({"tokenized_dir": "x", "streaming": True, "train_dataset": ["a"], "max_steps": 1}, "does not go with"),
+        ({"prepare_data_workers": 1, "streaming": True, "train_dataset": ["a"], "max_steps": 1}, "does not go with"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_go_together(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_train_args(pipeline="masked_lm", **flags)
+    with pytest.raises(InputError, match="is read by"):
+        make_train_args(pipeline="seq_class", **flags)
 
 
 # ---- whole runs
@@ -215,7 +219,9 @@ def run(tmp_path: Path, tokenizer: Any, config: Any, **flags: Any) -> dict[str, 
     } | flags))  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", [{"packing": True}, {"whole_word_masking": True, "exact_masking": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"packing": True, "across_documents": True}, {"whole_word_masking": True, "exact_masking": True}], ids=str
+)
 def test_a_run_learns_the_texts(flags: dict[str, Any], tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
     results = run(tmp_path, tiny_tokenizer, make_config("bert", len(tiny_tokenizer)), **flags)
     assert results["monitor"] == "valid/masked_lm/perplexity"
@@ -250,7 +256,13 @@ def test_workers_change_nothing(tiny_tokenizer: Any, make_config: Any, tmp_path:
 def test_wikitext(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
     lines = [line.strip() for line in WIKITEXT.read_text(encoding="utf-8").splitlines() if line.strip()][:60]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    flags: dict[str, Any] = {"packing": True, "max_sequence_length": 64, "max_epochs": 3, "log_every_n_steps": 1}
+    flags: dict[str, Any] = {
+        "packing": True,
+        "across_documents": True,
+        "max_sequence_length": 64,
+        "max_epochs": 3,
+        "log_every_n_steps": 1,
+    }
     run(tmp_path, tiny_tokenizer, make_config("bert", len(tiny_tokenizer)), **flags)
     table = [line.split(",") for line in (tmp_path / "runs" / "run" / "metrics.csv").read_text().splitlines()]
     losses = [float(row[table[0].index("train/loss")]) for row in table[1:] if row[table[0].index("train/loss")]]

@@ -53,6 +53,19 @@ def test_learning_curves(tmp_path: Path, figures: list) -> None:
     assert {x for x, _ in lines[right]["best"]} == {4}
 
 
+def test_score_curves(tmp_path: Path, figures: list) -> None:
+    rows = [row | {"lr": 0.1 * row["step"]} if "train/loss" in row else row for row in ROWS]
+    plots.score_curves(rows, ["loss", "accuracy", "lr", "none"], tmp_path / "curves.png")
+    picture(tmp_path / "curves.png")
+    axes = figures[0].axes
+    assert [axis.get_title() for axis in axes] == ["loss", "accuracy", "lr", "none"]
+    lines = [{line.get_label(): line.get_xydata().tolist() for line in axis.lines} for axis in axes]
+    assert lines[0] == {"train": [[1, 1.0], [2, 0.8]], "valid": [[2, 0.9], [4, 0.6]], "valid_mm": [[2, 1.1], [4, 0.7]]}
+    assert lines[1] == {"valid": [[2, 0.5], [4, 0.7]], "valid_mm": [[2, 0.4], [4, 0.6]]}
+    assert list(lines[2].values()) == [[[1, 0.1], [2, 0.2]]]
+    assert lines[3] == {}
+
+
 def test_learning_curves_of_one_step(tmp_path: Path) -> None:
     plots.learning_curves(ROWS[:1] + ROWS[2:3], ["valid"], "accuracy", 2, tmp_path / "curves.png")
     picture(tmp_path / "curves.png")

@@ -12,6 +12,8 @@ VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
     "train": "train any encoder on any pipeline: tagging, ranking, question answering, masked LM, ...",
     "predict": "predict with a model that `train` has left, to jsonl",
+    "train-tokenizer": "learn a WordPiece, BPE or Unigram tokenizer from texts",
+    "curves": "draw the scores of a run over its steps",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
     "convert-lsg": "make an LSG model, for long texts, of a checkpoint of transformers",
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: funneltfm VERB [flags]\n\nverbs (`funneltfm VERB --help` lists the flags):")
-        print("\n".join(f"  {verb:14}{what}" for verb, what in VERBS.items()))
+        print("\n".join(f"  {verb:17}{what}" for verb, what in VERBS.items()))
         return 0 if argv else 2
     if argv[0] == "--version":
         from funneltfm import __version__

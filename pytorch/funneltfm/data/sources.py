@@ -9,6 +9,7 @@ of bytes (which worker processes share), parquet files and folders stay mapped f
 
 import difflib
 import gzip
+import hashlib
 import json
 import logging
 import math
@@ -17,8 +18,9 @@ import re
 import zlib
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +28,9 @@ from typing import Any, Literal
 import numpy as np
 
 from funneltfm.data.readers import datasets_library, readable
-from funneltfm.data.textfiles import TEXT_FORMATS, BadRow
+from funneltfm.data.textfiles import DOCUMENTS, LINES, TEXT_FORMATS, BadRow
 from funneltfm.errors import InputError, brief
-from funneltfm.files import each_key_once, read_json
+from funneltfm.files import each_key_once, file_digest, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +179,33 @@ class _Arrow(Rows):
         return getattr(getattr(feature, "feature", feature), "names", None)  # of the column, or of its lists' items
 
 
+class Deferred(Rows):
+    """Rows that are opened when they are first looked at."""
+
+    def __init__(self, name: str, opened: Callable[[], Rows]):
+        self.name, self._open = name, opened
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return self._open()
+
+    @property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self._rows.columns
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _row(self, i: int) -> Row:
+        return self._rows[i]
+
+    def where(self, i: int) -> str:
+        return self._rows.where(i)
+
+    def class_names(self, column: str) -> list[str] | None:
+        return self._rows.class_names(column)
+
+
 # ---- a source by its name
 
 
@@ -184,7 +213,7 @@ class _Arrow(Rows):
 _HUB = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)/([^/.\s]+)")
 
 
-def open_rows(source: str, config: str | None = None, bad_rows: BadRows = "error") -> Rows:
+def open_rows(source: str, config: str | None = None, bad_rows: BadRows = "error", documents: bool = False) -> Rows:
     """The rows of a source.
 
     source, by what it is:
@@ -200,6 +229,7 @@ def open_rows(source: str, config: str | None = None, bad_rows: BadRows = "error
                          suffixes above, or its first part exists here
     Text files may be packed (.gz). config: the configuration of a set of the hub.
     bad_rows: "error" stops at the first broken row of a file; "skip" leaves such rows out and logs one warning.
+    documents: of .txt and .tokens, a row for each document, which blank lines separate: "text", its lines.
     """
     if bad_rows not in ("error", "skip"):
         raise InputError(f'bad_rows must be "error" or "skip", got {bad_rows!r}')
@@ -216,10 +246,21 @@ def open_rows(source: str, config: str | None = None, bad_rows: BadRows = "error
     elif _suffix(path) == ".json":
         rows = _Packed(source, "row", _checked(path, "row", _json_items(path), bad_rows))
     else:
-        rows = _Packed(source, "line", _checked(path, "line", _records(path), bad_rows))
+        rows = _Packed(source, "line", _checked(path, "line", _records(path, documents=documents), bad_rows))
     if not len(rows):
         raise _empty(source)
     return rows
+
+
+def source_digest(source: str, config: str | None = None) -> str:
+    """SHA-256 of a source's content: of its file, of all files of its folder; of a set on the hub, its fingerprint."""
+    path = _local(source, config)
+    if path is None:
+        parts = [_from_hub(source, config)._fingerprint]
+    else:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        parts = [f"{file.relative_to(path)} {file_digest(file)}" for file in files]
+    return hashlib.sha256("\n".join([_suffix(path) or "" if path else "hub", *parts]).encode()).hexdigest()
 
 
 def _empty(source: str) -> InputError:
@@ -315,9 +356,10 @@ def _from_hub(source: str, config: str | None, **options: Any) -> Any:
 # ---- records to rows
 
 
-def _records(path: Path, first: int = 0, step: int = 1) -> Iterator[tuple[int, Any]]:
+def _records(path: Path, first: int = 0, step: int = 1, documents: bool = False) -> Iterator[tuple[int, Any]]:
     """The records of a text file from the first on, of which every step-th is taken: (line, cells or BadRow)."""
     form = TEXT_FORMATS[_suffix(path) or ""]
+    form = DOCUMENTS if documents and form is LINES else form
     return ((line, form.parse(record)) for line, record in islice(form.split(path), first, None, step))
 
 
@@ -459,6 +501,7 @@ def stream_rows(
     worker: int = 0,
     workers: int = 1,
     bad_rows: BadRows = "error",
+    documents: bool = False,
 ) -> Iterator[Row]:
     """The rows of a source, one after another, in constant memory.
 
@@ -466,6 +509,7 @@ def stream_rows(
     each row once. Where the number of rows cannot be divided, some have one more. Each shuffles its own within
     `buffer` rows, as a function of (seed, epoch, which worker it is); 0 keeps the order of the source.
     taken: how many rows this worker has had before; it goes on with the next (reading the others again).
+    documents: as in `open_rows`.
     """
     if bad_rows not in ("error", "skip"):
         raise InputError(f'bad_rows must be "error" or "skip", got {bad_rows!r}')
@@ -475,7 +519,7 @@ def stream_rows(
             f"{worker=} {workers=} {buffer=} {taken=}."
         )
     number, of = rank * workers + worker, ranks * workers
-    rows = _stream(source, config, number, of, bad_rows)
+    rows = _stream(source, config, number, of, bad_rows, documents)
     if number == 0:  # the one worker that has a row if there is any
         rows = _some(rows, source)
     return islice(_shuffled(rows, buffer, np.random.default_rng([seed, 3, epoch, number])), taken, None)
@@ -490,7 +534,9 @@ def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
     yield from rows
 
 
-def _stream(source: str, config: str | None, first: int, step: int, bad_rows: BadRows) -> Iterator[Row]:
+def _stream(
+    source: str, config: str | None, first: int, step: int, bad_rows: BadRows, documents: bool
+) -> Iterator[Row]:
     """Every step-th row from the first on, in the order of the source."""
     path = _local(source, config)
     if path is None:
@@ -500,7 +546,7 @@ def _stream(source: str, config: str | None, first: int, step: int, bad_rows: Ba
         return (rows[i] for i in range(first, len(rows), step))
     if _suffix(path) == ".parquet":
         return _stream_parquet(path, first, step)
-    return (row for _, row, _ in _checked(path, "line", _records(path, first, step), bad_rows))
+    return (row for _, row, _ in _checked(path, "line", _records(path, first, step, documents), bad_rows))
 
 
 def _stream_batches(data: Any, first: int, step: int) -> Iterator[Row]:

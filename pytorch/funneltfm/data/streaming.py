@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -10,11 +11,16 @@ from funneltfm.data.features import Batch, Example, Features, step_sizes, steps
 from funneltfm.data.sources import BadRows, stream_rows
 from funneltfm.errors import InputError
 
-Position = tuple[int, int]  # how far one worker is: passes over the data, and rows taken in this one
+# How far one worker is: passes over the data, rows of this one that are used up, and examples of the group after them.
+Position = tuple[int, int, int]
+_GROUP = 256  # documents that are made into blocks together
 
 
 class _Stream(IterableDataset):
-    """(examples, worker, position after them), of this process's share of the corpus, pass after pass."""
+    """(examples, worker, position after them), of this process's share of the corpus, pass after pass.
+
+    A group of rows is encoded together. Where a row is not an example, those of the group come in random order.
+    """
 
     def __init__(
         self,
@@ -29,31 +35,58 @@ class _Stream(IterableDataset):
         ranks: int,
         workers: int,
         bad_rows: BadRows,
+        documents: bool,
     ):
         self.source, self.config, self.encode, self.prepare = source, config, encode, prepare
         self.batch_size, self.seed, self.buffer, self.bad_rows = batch_size, seed, buffer, bad_rows
         self.rank, self.ranks, self.workers = rank, ranks, workers
-        self.positions: list[Position] = [(0, 0)] * workers
+        self.documents, self.group = documents, max(_GROUP, batch_size) if documents else batch_size
+        self.positions: list[Position] = [(0, 0, 0)] * workers
         self.first = 0  # the worker whose turn it is
 
     def __iter__(self) -> Iterator[tuple[list[Example], int, Position]]:
         info = get_worker_info()
         worker = ((0 if info is None else info.id) + self.first) % self.workers
-        epoch, taken = self.positions[worker]
+        epoch, taken, used = self.positions[worker]
+        batch: list[Example] = []
+        for rows, after in self._groups(epoch, taken, worker):
+            features, first = self.encode(rows), self._first(after, worker)
+            order = np.arange(len(features))
+            if self.documents:
+                order = np.random.default_rng([self.seed, 4, after[0], first]).permutation(order)
+            while used < len(features):
+                new = order[used : used + self.batch_size - len(batch)]
+                batch += [self.prepare(features[int(i)] | {"index": first + int(i)}, after[0]) for i in new]
+                used += len(new)
+                if len(batch) == self.batch_size:
+                    # A group that is used up need not be encoded again to go on.
+                    yield batch, worker, (epoch, taken, used) if used < len(features) else (*after, 0)
+                    batch = []
+            (epoch, taken), used = after, 0
+
+    def _first(self, after: tuple[int, int], worker: int) -> int:
+        """The index of a group's first example: it says where it was in the stream; no other of the pass has it."""
+        return ((after[1] * self.workers + worker) * self.ranks + self.rank) * 2**24
+
+    def _groups(self, epoch: int, taken: int, worker: int) -> Iterator[tuple[list[dict[str, Any]], tuple[int, int]]]:
+        """Rows, and pass and row after them."""
         rows: list[dict[str, Any]] = []
         while True:
             before = taken
             for row in self._pass(epoch, taken, worker):
                 rows.append(row)
                 taken += 1
-                if len(rows) == self.batch_size:
-                    yield self._examples(rows, worker, (epoch, taken)), worker, (epoch, taken)
+                if len(rows) == self.group:
+                    yield rows, (epoch, taken)
                     rows = []
             if taken == before == 0:
                 raise InputError(
                     f"{self.source} has too few rows for {self.ranks} processes with {self.workers} workers: one gets "
                     f"none. Use fewer."
                 )
+            if rows and self.documents:  # no block is made of two passes
+                yield rows, (epoch + 1, 0)
+                rows = []
             epoch, taken = epoch + 1, 0
 
     def _pass(self, epoch: int, taken: int, worker: int) -> Iterator[dict[str, Any]]:
@@ -69,22 +102,17 @@ class _Stream(IterableDataset):
             worker=worker,
             workers=self.workers,
             bad_rows=self.bad_rows,
+            documents=self.documents,
         )
-
-    def _examples(self, rows: list[dict[str, Any]], worker: int, after: Position) -> list[Example]:
-        """An example's index says where it was in the stream, and is that of no other in the same pass."""
-        epoch, taken = after
-        features = self.encode(rows)
-        first = ((taken * self.workers + worker) * self.ranks + self.rank) * 2**12
-        return [self.prepare(features[i] | {"index": first + i}, epoch) for i in range(len(features))]
 
 
 class StreamLoader(DataLoader):
-    """Batches of the examples of `batch_size` rows of a source each, in an order that depends on (seed, pass, number of
-    processes and workers) alone. A batch has "weight": 1, and "step_sizes" as TrainLoader's have.
+    """Batches of `batch_size` examples of a source, in an order that depends on (seed, pass, number of processes and
+    workers) alone. A batch has "weight": 1, and "step_sizes" as TrainLoader's have.
 
     encode: rows to features. prepare: as in TrainLoader; called with the pass. make: examples to a batch. length: how
     many batches the run will take. accumulate: how many make a step. buffer: rows from which the next one is drawn.
+    documents: rows are documents, as `open_rows` says, each of many examples.
     """
 
     def __init__(
@@ -104,11 +132,12 @@ class StreamLoader(DataLoader):
         ranks: int = 1,
         num_workers: int = 0,
         bad_rows: BadRows = "error",
+        documents: bool = False,
         **kwargs: Any,
     ):
         workers = max(1, num_workers)
         stream = _Stream(
-            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows
+            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents
         )  # fmt: skip
         super().__init__(
             stream,
@@ -143,7 +172,7 @@ class StreamLoader(DataLoader):
                 f"the run was started with --num_workers {len(state['positions'])}, which a stream must keep; now it "
                 f"is {self.stream.workers}."
             )
-        self.stream.positions = [(epoch, taken) for epoch, taken in state["positions"]]
+        self.stream.positions = [(epoch, taken, used) for epoch, taken, used in state["positions"]]
         self.stream.first = state["first"]
         self.taken = state["taken"]
 

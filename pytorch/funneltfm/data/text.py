@@ -1,5 +1,6 @@
 """Texts to token ids with any fast tokenizer of `transformers`: one, two or more texts a row, cut to fit."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,17 @@ class TextEncoder:
                 f"the tokenizer {self.tokenizer.name_or_path} has no token that ends a text (eos_token or sep_token)."
             )
         return end
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for two encoders only if they make the same ids of the same texts."""
+        import tokenizers
+
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # left behind by the last call
+            backend.pop(name, None)
+        parts = [tokenizers.__version__, backend, self.max_length, self.token_types, repr(self.layout)]
+        return hashlib.sha256(json.dumps([*parts, self.special_ids.tolist()]).encode()).hexdigest()
 
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

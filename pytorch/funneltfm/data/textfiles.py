@@ -53,6 +53,20 @@ def filled_lines(path: Path) -> Iterator[tuple[int, str]]:
     return ((line, text) for line, text in text_lines(path) if text.strip())
 
 
+def documents(path: Path) -> Iterator[tuple[int, str]]:
+    """The runs of lines between blank ones: a document's lines, without blanks at their ends, and the number of its
+    first.
+    """
+    start, lines = 0, list[str]()
+    for line, text in _with_end(text_lines(path)):
+        if text.strip():
+            start = start if lines else line
+            lines.append(text.strip())
+        elif lines:
+            yield start, "\n".join(lines)
+            lines = []
+
+
 # ---- tables
 
 
@@ -193,6 +207,7 @@ class TextFormat(NamedTuple):
 
 CONLL = TextFormat(_sentences)
 LINES = TextFormat(filled_lines, lambda text: {"text": text})
+DOCUMENTS = TextFormat(documents, lambda text: {"text": text})  # the same files, read otherwise
 TEXT_FORMATS: dict[str, TextFormat] = {
     ".jsonl": TextFormat(_json_lines, json_object),
     ".csv": TextFormat(lambda path: named_cells(path, csv_rows(path), _distinct)),

@@ -21,6 +21,7 @@ from funneltfm.funnel.attention import RelMultiheadAttention
 from funneltfm.funnel.config import ModelConfig, canonical_length
 from funneltfm.funnel.heads import BeamSpanHead, MaskedLMHead, SummaryHead, TokenDetectionHead, TokenHead, rule_out
 from funneltfm.funnel.model import FunnelTFM
+from funneltfm.funnel.ops import EmbeddingLookup
 
 try:
     import transformers
@@ -227,8 +228,14 @@ class FunnelTFMPreTrainedModel(PreTrainedModel):
     _no_split_modules = {"FunnelTFM"}  # noqa: RUF012 (its layers share what they know of a block)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As the modules begin by themselves; `transformers` guards torch.nn.init, so that what was loaded stays."""
-        if isinstance(module, RelMultiheadAttention):
+        """As the modules begin by themselves; `transformers` guards torch.nn.init, so that what was loaded stays.
+
+        But for the table, which begins as in the original's pretraining: the language modelling head compares hidden
+        states with it, and of N(0, 1) they would get scores of the size sqrt(d_embed).
+        """
+        if isinstance(module, EmbeddingLookup):
+            nn.init.normal_(module.lookup_table, std=0.02)
+        elif isinstance(module, RelMultiheadAttention):
             for parameter in module.parameters(recurse=False):
                 nn.init.uniform_(parameter, b=0.1)
         elif isinstance(module, MaskedLMHead):

@@ -228,8 +228,13 @@ def make_tasks(pipeline: str, args: Any) -> list[Task]:
     for name in task_names(pipeline):
         module, _, cls = TASKS[name][0].partition(":")
         tasks.append(getattr(importlib.import_module(module), cls)(args))
-    if args.packing and len(tasks) > 1:
-        raise InputError(f"--packing is for one task alone: in {pipeline} every row has its own labels. Leave it out.")
+    own_rows = [
+        name for name in ("packing", "sentence_pairs", "tokenized_dir", "prepare_data_workers") if getattr(args, name)
+    ]
+    if own_rows and len(tasks) > 1:
+        raise InputError(
+            f"--{own_rows[0]} is for one task alone: in {pipeline} every row has its own labels. Leave it out."
+        )
     if len(tasks) > 1 and (alone := next((task for task in tasks if task.alone), None)):
         raise InputError(f"pipeline {pipeline!r}: {alone.name} needs a model of its own. Train it alone.")
     if sum(task.corrupts for task in tasks) > 1:
@@ -286,7 +291,8 @@ class Prepare:
 
 class Collate:
     """Examples to a batch: "index" (B,), "inputs" (what the encoder takes: input_ids, attention_mask with 1 = real,
-    token_type_ids, each (texts, T) int64), the tasks' own tensors, and "sizes", those of losses that have one.
+    token_type_ids, each (texts, T) int64), "tokens" (how many are real), the tasks' own tensors, and "sizes", those of
+    losses that have one.
 
     length: pad every batch to this many tokens; None pads to its longest text. token_types: whether the encoder knows
     types of tokens; otherwise it gets none.
@@ -313,6 +319,7 @@ class Collate:
         if self.token_types and "token_type_ids" in examples[0]:
             inputs["token_type_ids"] = tokens("token_type_ids", self.pad_type)
         batch: Batch = {"index": torch.tensor([int(example["index"]) for example in examples]), "inputs": inputs}
+        batch["tokens"] = int(inputs["attention_mask"].sum())
         for task in self.tasks:
             batch |= task.collate(examples, tokens)
         return batch | {"sizes": {name: size for task in self.tasks for name, size in task.sizes(batch).items()}}

@@ -50,7 +50,15 @@ class MaskedLMFlags:
     exact_masking: bool = False
     """Select exactly the given share of every text (at least one token), not on average."""
     packing: bool = False
-    """Join the texts, with separators, into blocks of max_sequence_length; nothing is cut. Not in mixtures."""
+    """Make blocks of max_sequence_length of each document, its sentences one after another; nothing is lost. A row is a
+    document, its lines are its sentences; in .txt and .tokens an empty line ends a document. Not in mixtures.
+    """
+    across_documents: bool = False
+    """With packing: blocks go on from one document to the next, with a separator between them."""
+    sentence_pairs: bool = False
+    """Make examples of two segments of a document, each of whole sentences, the second the continuation of the first;
+    nothing is lost. Rows and lines as with packing. Not in mixtures.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +316,10 @@ _MASKING = (
     *("probability", "probability_masked", "probability_replaced", "probability_unchanged"),
     *("whole_word_masking", "exact_masking"),
 )
-_DETECTION = ("probability", "whole_word_detection", "exact_masking", "input_columns", "input_column", "packing")
+# How masked_lm, electra and their kind make examples of texts.
+BLOCKS = ("input_columns", "input_column", "packing", "across_documents", "sentence_pairs")
+_TEXTS = (*BLOCKS, "tokenized_dir", "prepare_data_workers")
+_DETECTION = ("probability", "whole_word_detection", "exact_masking", *_TEXTS)
 _LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
 WITH_K = ("classification_head_type", "separated", "pad_to_k", "grouping", "selection", "scores_column")
 _GENERATION = tuple(GenerationFlags.__dataclass_fields__)
@@ -344,7 +355,7 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     ),
     "masked_lm": (
         "funneltfm.tasks.masked_lm:MaskedLM",
-        frozenset({*_MASKING, "input_columns", "input_column", "packing", "masked_lm_weight"}),
+        frozenset({*_MASKING, *_TEXTS, "masked_lm_weight"}),
     ),
     "random_token_detection": (
         "funneltfm.tasks.token_detection:RandomTokenDetection",
@@ -357,14 +368,15 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     ),
     "electra": (
         "funneltfm.tasks.electra:Electra",
-        frozenset({*_MASKING, "input_columns", "input_column", "packing", "masked_lm_weight", "token_detection_weight"})
+        frozenset({*_MASKING, *_TEXTS, "masked_lm_weight", "token_detection_weight"})
         | {"sample_function", "embedding_sharing", "tie_generator_discriminator_embeddings", "generator_size"}
         | {"pre_trained_generator_config", "pre_trained_generator_model"},
     ),
     "denoising": (
         "funneltfm.tasks.denoising:Denoising",
         frozenset(DenoisingFlags.__dataclass_fields__)
-        | {"probability", "input_columns", "input_column", "packing", "max_multi_token_predictions"},
+        | {"probability", "input_columns", "input_column", "packing", "across_documents", "prepare_data_workers"}
+        | {"max_multi_token_predictions"},
     ),
     "summarization": (
         "funneltfm.tasks.summarization:Summarization",

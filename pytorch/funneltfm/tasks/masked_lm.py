@@ -1,11 +1,12 @@
 """`masked_lm`: find the tokens that were masked, replaced or left (Devlin et al. 2019, section 3.1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from funneltfm.data.blocks import packed, paired, sentences, tokenized
 from funneltfm.data.corruption import masked
 from funneltfm.data.features import Batch, Example
 from funneltfm.data.text import NO_WORD, Text, TextEncoder
@@ -26,10 +27,18 @@ class Corrupting(Task):
             raise InputError("--probability is 0: no token would be selected, so there is nothing to learn.")
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        texts = self.reader.texts(rows, where)
-        if self.args.packing:
-            return _packed(texts, text)
-        return [example | {"row": i} for i, example in enumerate(text.encode(texts))]
+        return list(self.examples(self.reader.texts(rows, where), text))
+
+    def examples(self, rows: Iterable[Sequence[Text]], text: TextEncoder) -> Iterator[Example]:
+        """The examples of rows of texts, one after another: one a row, or with --packing or --sentence_pairs blocks of
+        what the row, a document, holds.
+        """
+        args, workers = self.args, self.args.prepare_data_workers
+        if args.packing:
+            return packed(tokenized(map(sentences, rows), text, workers), text, args.across_documents)
+        if args.sentence_pairs:
+            return paired(tokenized(map(sentences, rows), text, workers), text)
+        return (text.join(pieces) | {"row": i} for i, pieces in enumerate(tokenized(rows, text, workers)))
 
     @staticmethod
     def selectable(example: Example, text: TextEncoder) -> np.ndarray:
@@ -73,29 +82,3 @@ class MaskedLM(PredictsTokens, Corrupting):
         few = {name: tensor[:1, :1] for name, tensor in batch["inputs"].items()}
         with replayed(model, selected(hidden, chosen)):
             return model(**few).logits[0]
-
-
-def _packed(rows: Sequence[Sequence[Text]], text: TextEncoder) -> list[Example]:
-    """All texts one after another, each followed by the separator, cut into blocks of max_length tokens with the
-    special tokens around; what is left at the end is a shorter block. A block's row is that of its first token.
-    """
-    layout = text.layout
-    separator = layout.suffix_alone[:1]
-    room = text.room(1)
-    ids: list[int] = []
-    words: list[int] = []
-    starts: list[int] = []  # of each row's first token
-    first_word = 0
-    pieces = text.pieces([part for row in rows for part in row])
-    for row in rows:
-        starts.append(len(ids))
-        for part in (next(pieces) for _ in row):
-            ids += part.ids + separator
-            words += [w if w == NO_WORD else w + first_word for w in part.word_ids] + [NO_WORD] * len(separator)
-            first_word += max(part.word_ids, default=-1) + 1
-    blocks = range(0, len(ids), room)
-    return [
-        text.example([ids[i : i + room]], [words[i : i + room]])
-        | {"row": int(np.searchsorted(starts, i, side="right")) - 1}
-        for i in blocks
-    ]

@@ -88,9 +88,10 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
         self.train_seconds = 0.0
         self.examples = 0
+        self.tokens = 0  # real ones, where batches say how many they have
         self._losses: list[float] = []  # of the steps since the last row, of all processes
         self._own: list[tuple[int, Any, Any]] = []  # (step, loss, example indices) of this process's batches
-        self._own_examples = 0
+        self._own_examples = self._own_tokens = 0
         self._since = (0.0, 0)
         self._tick = 0.0
         self._lr = 0.0
@@ -99,6 +100,11 @@ class History(Callback):
     def examples_per_second(self) -> float:
         """In training, validation left out."""
         return self.examples / self.train_seconds if self.train_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The same of tokens, without padding."""
+        return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
     @property
     def best(self) -> dict[str, float]:
@@ -118,7 +124,9 @@ class History(Callback):
         now = time.perf_counter()
         self.train_seconds += now - self._tick
         self._tick = now
-        self._own_examples += len(batch["index"]) if batch["weight"] else 0
+        if batch["weight"]:
+            self._own_examples += len(batch["index"])
+            self._own_tokens += batch.get("tokens", 0)
         step = ended_step(trainer, batch_idx)
         self._own.append((step or trainer.global_step + 1, outputs["loss"].detach(), batch["index"]))
         if not step:
@@ -159,10 +167,11 @@ class History(Callback):
         by_step: dict[int, float] = {}
         for step, loss, _ in self._own:
             by_step[step] = by_step.get(step, 0.0) + float(loss)  # Lightning has divided by the number of batches
-        gathered = ranks.gather((list(by_step.values()), self._own_examples))
+        gathered = ranks.gather((list(by_step.values()), self._own_examples, self._own_tokens))
         self._losses += [sum(of_step) / ranks.size() for of_step in zip(*(g[0] for g in gathered), strict=True)]
-        self.examples += sum(examples for _, examples in gathered)
-        self._own, self._own_examples = [], 0
+        self.examples += sum(examples for _, examples, _ in gathered)
+        self.tokens += sum(tokens for _, _, tokens in gathered)
+        self._own, self._own_examples, self._own_tokens = [], 0, 0
 
     def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -196,6 +205,7 @@ class History(Callback):
             "rows": self.rows,
             "train_seconds": self.train_seconds,
             "examples": self.examples,
+            "tokens": self.tokens,
             "losses": self._losses,
             "since": list(self._since),
         }
@@ -203,6 +213,7 @@ class History(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
         self.train_seconds, self.examples = state["train_seconds"], state["examples"]
+        self.tokens = state["tokens"]
         self._losses, self._since = state["losses"], tuple(state["since"])
 
 
@@ -366,18 +377,30 @@ class Progress(Callback):
                 best = " (best so far)" if row is self.history.best else ""
                 self._say(f"step {row['step']}  epoch {row['epoch']:.2f}  {scores}{best}")
             elif self._bar is not None:
-                self._bar.set_postfix(
-                    {"loss": f"{row['train/loss']:.4f}", "ex/s": f"{row['examples_per_second']:.0f}"}, refresh=False
+                speed = f"ex/s={row['examples_per_second']:.0f}"
+                if self.history.tokens:
+                    speed += f", tokens/s={self.history.tokens_per_second:.0f}"
+                self._bar.set_postfix_str(
+                    f"loss={row['train/loss']:.4f}  {self._train_scores(row)}{speed}", refresh=False
                 )
             else:
                 total = self.history.total
                 left = ((total or row["step"]) - row["step"]) * self.history.train_seconds / row["step"]
+                speed = f"{row['examples_per_second']:.0f} examples/s  "
+                if self.history.tokens:
+                    speed += f"{self.history.tokens_per_second:.0f} tokens/s  "
                 self._say(
-                    f"step {row['step']}/{total or '?'}  epoch {row['epoch']:.2f}  loss "
-                    f"{row['train/loss']:.4f}  lr {row['lr']:.2e}  {row['examples_per_second']:.0f} examples/s  "
-                    f"{tqdm.format_interval(left)} left"
+                    f"step {row['step']}/{total or '?'}  epoch {row['epoch']:.2f}  loss {row['train/loss']:.4f}  "
+                    f"{self._train_scores(row)}lr {row['lr']:.2e}  {speed}{tqdm.format_interval(left)} left"
                 )
         self._shown = len(self.history.rows)
+
+    def _train_scores(self, row: dict[str, float]) -> str:
+        """Of the training batch: F1 and perplexity, and the score that selects the best model."""
+        main = self.history.main.replace("valid/", "train/", 1)
+        shown = [name for name in row if name.startswith("train/") and name.endswith(("/f1", "/perplexity"))]
+        shown += [main] if main in row and main not in shown else []
+        return "".join(f"{name.removeprefix('train/')} {row[name]:.4f}  " for name in shown)
 
     def _say(self, line: str) -> None:
         if self._bar is not None:

@@ -51,6 +51,39 @@ def learning_curves(
     _save(figure, path)
 
 
+def score_curves(rows: Sequence[dict[str, float]], scores: Sequence[str], path: Path) -> None:
+    """A panel for each of `scores` over the steps, with a line for each split. rows: of metrics.csv; a column is a
+    score, or SPLIT/SCORE.
+    """
+    across = min(3, len(scores))
+    down = -(-len(scores) // across)
+    figure, subplots = _figure(figsize=(5 * across, 3.5 * down))
+    axes = np.atleast_1d(subplots(down, across)).ravel()
+    for axis, score in zip(axes, scores, strict=False):
+        for column in dict.fromkeys(column for row in rows for column in row):
+            points = [(row["step"], row[column]) for row in rows if column in row]
+            if score_of(column) == score:
+                label = column.removesuffix(score).rstrip("/")
+                axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+        axis.set_title(score, parse_math=False)
+        axis.set(xlabel="step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:  # there is none for lines without a split
+            axis.legend()
+    for axis in axes[len(scores) :]:
+        axis.remove()
+    _save(figure, path)
+
+
+def score_of(column: str) -> str:
+    """What a column of metrics.csv measures, without the split.
+
+    >>> score_of("valid/token_detection/f1"), score_of("train/loss"), score_of("lr")
+    ('token_detection/f1', 'loss', 'lr')
+    """
+    return column.partition("/")[2] or column
+
+
 def confusion_matrix(pred: np.ndarray, target: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
     """Rows are the true classes, columns the predicted ones; colours are shares of a row, numbers (of few classes)
     counts.

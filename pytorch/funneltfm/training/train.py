@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, StochasticWeightAveraging
@@ -25,14 +27,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from funneltfm.data.batching import StepSampler
 from funneltfm.data.columns import filtered
-from funneltfm.data.features import Features, TrainLoader, eval_loader
-from funneltfm.data.sources import Mixture, Rows, concatenate, open_rows, shard, stream_rows
+from funneltfm.data.features import Example, Features, TrainLoader, eval_loader
+from funneltfm.data.kept import kept
+from funneltfm.data.sources import (
+    Deferred,
+    Mixture,
+    Rows,
+    concatenate,
+    open_rows,
+    shard,
+    source_digest,
+    stream_rows,
+)
 from funneltfm.data.streaming import RowNumbers, StreamLoader
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
+from funneltfm.tasks.flags import BLOCKS
 from funneltfm.tasks.heads import Heads, n_token_types
+from funneltfm.tasks.masked_lm import Corrupting
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
@@ -69,6 +83,7 @@ _FREE_ON_RESUME = {
     *(*_OF_THE_START, "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
     *("checkpoint_interval", "no_val_checkpointing", "no_epoch_checkpointing", "loggers", "enable_progress_bar"),
     *("predict_dataset", "predict_config", "predict_filter", "predict_shard_dataset", "profiler", "output_dir", "name"),
+    *("tokenized_dir", "prepare_data_workers"),
     *("test_dataset", "test_config", "test_filter", "test_shard_dataset", "max_time"),
 }
 
@@ -346,6 +361,8 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         for task in tasks:
             if not task.corrupts:
                 task.learn(stream_rows(args.train_dataset[0], args.train_config, buffer=0, bad_rows=args.bad_rows))
+    elif args.train_dataset is not None and args.tokenized_dir is not None:
+        splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
         parts = [_rows(args, "train", source) for source in args.train_dataset]
         rows = parts[0] if len(parts) == 1 else concatenate(parts)
@@ -361,14 +378,40 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
             raise InputError("--train_weights is for pipelines that make one example of each row.")
     for stage in ("valid", "test", "predict"):
         source = getattr(args, f"{stage}_dataset")
-        if source is not None:
+        if source is not None and args.tokenized_dir is not None:
+            splits[stage] = _kept_split(args, tasks, text, stage, [source])
+        elif source is not None:
             rows = _rows(args, stage, source)
             splits[stage] = Split(stage, rows, encode_rows(tasks, rows, text, rows.name))
     return splits, mixture
 
 
+def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str, sources: Sequence[str]) -> Split:
+    """Of one task that reads texts alone; its data are opened where --tokenized_dir has nothing of them."""
+    (task,) = tasks
+    assert isinstance(task, Corrupting)
+    rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
+    key = {
+        "sources": [source_digest(source, getattr(args, f"{stage}_config")) for source in sources],
+        "tokenizer": text.fingerprint,
+        "bad_rows": args.bad_rows,
+        **{name: getattr(args, f"{stage}_{name}") for name in ("filter", "shard_dataset")},
+        **{name: getattr(args, name) for name in BLOCKS},
+    }
+
+    def examples() -> Iterator[Example]:
+        some = (rows.select(np.arange(i, min(i + 1024, len(rows)))) for i in range(0, len(rows), 1024))
+        return task.examples((texts for part in some for texts in task.texts(part, rows.name)), text)
+
+    features = kept(Path(args.tokenized_dir), re.sub(r"\W+", "_", Path(sources[0]).stem), key, examples)
+    if not len(features):
+        raise InputError(f"{rows.name}: no row makes an example.")
+    return Split(stage, rows, features)
+
+
 def _rows(args: Args, stage: str, source: str) -> Rows:
-    rows = open_rows(source, getattr(args, f"{stage}_config"), args.bad_rows)
+    documents = args.packing or args.sentence_pairs
+    rows = open_rows(source, getattr(args, f"{stage}_config"), args.bad_rows, documents)
     if conditions := getattr(args, f"{stage}_filter"):
         rows = filtered(rows, conditions)
     n = getattr(args, f"{stage}_shard_dataset")
@@ -391,7 +434,7 @@ def _collate(args: Args, module: TaskModule, text: TextEncoder, teachers: Teache
 
 def _train_loader(
     args: Args, module: TaskModule, text: TextEncoder, draw: Mixture | None
-) -> tuple[TrainLoader | StreamLoader, Sequence[str]]:
+) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
     """The batches, and the names of the examples by index."""
     train = _first_batches(module.splits["train"], args)
     batches = StepSampler(
@@ -407,12 +450,12 @@ def _train_loader(
     prepare = Prepare(module.tasks, text, args.seed)
     collate = _collate(args, module, text, module.teachers)
     loader = TrainLoader(train.features, collate, batches, prepare, args.seed, **_loading(args))
-    return loader, [str(int(row)) for row in train.features.plain["row"]]
+    return loader, train.features.plain["row"]
 
 
 def _stream_loader(
     args: Args, module: TaskModule, text: TextEncoder
-) -> tuple[TrainLoader | StreamLoader, Sequence[str]]:
+) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
     source = args.train_dataset[0]
     loader = StreamLoader(
         source,
@@ -428,6 +471,7 @@ def _stream_loader(
         rank=ranks.rank(),
         ranks=ranks.size(),
         bad_rows=args.bad_rows,
+        documents=args.packing or args.sentence_pairs,
         **_loading(args),
     )
     return loader, RowNumbers()
@@ -529,6 +573,7 @@ def _fit(
         "epochs": trainer.current_epoch,
         "train_seconds": round(history.train_seconds, 2),
         "examples_per_second": round(history.examples_per_second, 1),
+        "tokens_per_second": round(history.tokens_per_second, 1),
     }
     if args.stochastic_weight_averaging or not saves or not history.best:
         return facts

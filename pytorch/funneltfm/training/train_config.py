@@ -114,6 +114,12 @@ class DatasetFlags:
     """Rows to keep for prediction."""
     predict_shard_dataset: int | None = None
     """Keep every n-th row for prediction only."""
+    tokenized_dir: str | None = None
+    """masked_lm, electra and their kind: folder that keeps the tokenised texts for later runs; they stay on the disk,
+    mapped into memory. Default: they are tokenised in every run, and kept in memory.
+    """
+    prepare_data_workers: int = 0
+    """masked_lm, electra and their kind: processes that tokenise; 0 does it in the main process."""
     clusters_filename: str | None = None
     """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster. A model
     that was trained so has its own.
@@ -281,6 +287,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     *("num_workers", "streaming_buffer", "save_total_limit", "doc_stride", "margin", "bert_score_layer"),
+    "prepare_data_workers",
     *("generation_min_length", "generation_min_new_tokens", "generation_top_k"),
 )
 _MORE_THAN_0 = ("temperature", "mean_span_length", "generation_temperature", "generation_repetition_penalty")
@@ -292,7 +299,7 @@ _SHARES = (
 _NEEDED = (
     *(("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection")),
     *(("patience", "early_stopping"), ("gradient_clip_algorithm", "gradient_clip_val")),
-    *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming")),
+    *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming"), ("across_documents", "packing")),
 )
 _LOGGERS = ("csv", "tensorboard", "wandb", "none")
 
@@ -348,6 +355,10 @@ def make_train_args(**flags: Any) -> Args:
         raise InputError("--stochastic_weight_averaging begins late, and --early_stopping may end before. Give one.")
     if args.overfit_batches and args.train_weights is not None:
         raise InputError("--overfit_batches takes the first batches, --train_weights draws from all. Give one.")
+    if args.packing and args.sentence_pairs:
+        raise InputError("--packing and --sentence_pairs are two ways to make blocks of documents; give one.")
+    if args.tokenized_dir is not None and args.train_weights is not None:
+        raise InputError("--tokenized_dir keeps all datasets as one; --train_weights draws from each. Leave one out.")
     if args.streaming:
         _check_streaming(args)
     for flag in WITH_K:
@@ -412,7 +423,10 @@ def _check_streaming(args: Args) -> None:
         raise InputError("--streaming takes one --train_dataset.")
     if args.max_steps < 0:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
-    for flag in ("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"):
+    for flag in (
+        *("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
+        *("tokenized_dir", "prepare_data_workers"),
+    ):
         if getattr(args, flag):
             raise InputError(f"--{flag} does not go with --streaming.")
     for flag in ("max_epochs", "min_epochs"):

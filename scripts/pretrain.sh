@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Pretrain a small Funnel-Transformer with ELECTRA on text files.
+#
+#   bash scripts/pretrain.sh                                    the built-in sample, in some minutes on a CPU
+#   bash scripts/pretrain.sh corpus/*.txt --max_steps=100000    your own text
+#
+# Texts are what `funneltfm train` reads: .txt (an empty line ends a document), .jsonl, .csv, .parquet, dataset folders. Flags
+# after them go to `funneltfm train` and win over what is set here; --resume goes on with a run that was stopped. More:
+#
+#   name=small            what the run is called
+#   valid=held-out.txt    text to validate on; the best model is chosen by it
+#   tokenizer=FOLDER      a tokenizer; where there is none, one of vocab_size=8000 pieces is learned from the texts
+#   output_dir=outputs    the run: runs/NAME (metrics.csv, curves.png), checkpoints/NAME, pre_trained_models/NAME
+#   pretrain_dir=...      the result, which scripts/classifier.sh finetunes (default: pretrained/NAME)
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+EXTRAS=datasets,hf bash "$ROOT/scripts/setup.sh"
+FUNNELTFM=("$ROOT/.venv/bin/python" -m funneltfm)
+
+texts=()
+while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
+    texts+=("$1")
+    shift
+done
+if [ ${#texts[@]} -eq 0 ]; then
+    name=${name:-sample-electra}
+    data_dir=${data_dir:-$ROOT/data/sample}
+    if [ ! -e "$data_dir/vocab.txt" ]; then "$ROOT/.venv/bin/python" "$ROOT/data-scripts/make_sample.py" "$data_dir"; fi
+    texts=("$data_dir/train.jsonl")
+    valid=${valid:-$data_dir/valid.jsonl}
+    learn=(--vocab_size "${vocab_size:-500}" --input_columns text_a)
+    flags=(--input_columns text_a --max_sequence_length 64 --max_steps 1000 --log_every_n_steps 20)
+    every=200
+else
+    learn=(--vocab_size "${vocab_size:-8000}")
+    flags=(--max_sequence_length 128 --max_steps 20000)
+    every=1000
+fi
+if [ -n "${valid:-}" ]; then
+    # The detector's scores fall as the generator learns, so the best model is that of the best generator.
+    flags+=(--valid_dataset "$valid" --val_check_interval $every --check_val_every_n_epoch none
+        --monitor valid/masked_lm/perplexity)
+else
+    flags+=(--checkpoint_interval $every)
+fi
+name=${name:-small-electra}
+output_dir=${output_dir:-outputs}
+pretrain_dir=${pretrain_dir:-pretrained/$name}
+tokenizer=${tokenizer:-$output_dir/tokenizers/$name}
+
+if [ ! -e "$tokenizer" ]; then
+    "${FUNNELTFM[@]}" train-tokenizer "${texts[@]}" -o "$tokenizer" "${learn[@]}"
+fi
+"${FUNNELTFM[@]}" train --pipeline token_detection_and_masked_lm --name "$name" --output_dir "$output_dir" --model funnel \
+    --additional_config_kwargs block_size=2_2_2 decoder_size=1 d_model=128 d_embed=128 n_head=2 d_head=64 d_inner=512 \
+    separate_cls=true pool_q_only=true truncate_seq=true --embedding_sharing gdes --generator_size 0.5 \
+    --pre_trained_tokenizer "$tokenizer" --train_dataset "${texts[@]}" \
+    --packing --across_documents --tokenized_dir "$output_dir/tokenized" \
+    --batch_size 32 --learning_rate 1e-3 --weight_decay 0.01 --num_warmup_steps 0.1 --gradient_clip_val 1.0 \
+    "${flags[@]}" "$@"
+
+run=$output_dir/runs/$name
+"${FUNNELTFM[@]}" curves "$run"
+"${FUNNELTFM[@]}" convert-ckpt --from=funneltfm --to=pt --overwrite "$output_dir/pre_trained_models/$name/best" "$pretrain_dir"
+if [ ! -e "$tokenizer/vocab.txt" ]; then
+    echo "pretrain: $tokenizer has no vocab.txt, which classifier.sh needs: finetune" \
+        "$output_dir/pre_trained_models/$name/best with scripts/train.sh" >&2
+    exit
+fi
+cp "$tokenizer/vocab.txt" "$pretrain_dir/vocab.txt"
+echo "pretrain: finetune it with" >&2
+echo "    pretrain_dir=$pretrain_dir task_name=CoLA data_dir=data/glue/CoLA bash scripts/classifier.sh --lr=3e-4" >&2
