@@ -12,6 +12,7 @@ VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
     "train": "train any encoder on any pipeline: tagging, ranking, question answering, masked LM, ...",
     "predict": "predict with a model that `train` has left, to jsonl",
+    "run": "run named experiments: pretraining, sparse training, GLUE",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
     "convert-lsg": "make an LSG model, for long texts, of a checkpoint of transformers",

@@ -56,7 +56,13 @@ from funneltfm.training.runlog import log_file, log_ranks, quiet
 from funneltfm.training.sparse_run import density_of, sparsity_callbacks
 from funneltfm.training.sparsity import GradualPruning, StaticSparsity, restore
 from funneltfm.training.task_module import Split, TaskModule
-from funneltfm.training.train_config import PREDICT_GROUPS, TRAIN_GROUPS, make_predict_args, make_train_args
+from funneltfm.training.train_config import (
+    PREDICT_GROUPS,
+    TRAIN_GROUPS,
+    flag_words,
+    make_predict_args,
+    make_train_args,
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +92,7 @@ def run(args: Args) -> dict[str, Any]:
     outputs = Outputs(Path(args.output_dir), args.name)
     if args.resume:
         args = with_run_flags(args, outputs)
-    with _processes(args, ["train", *_words(given_flags(args))]) as here:
+    with _processes(args, ["train", *flag_words(given_flags(args))]) as here:
         if here:
             return _run(args, outputs)
     return json.loads(outputs.results.read_text(encoding="utf-8"))
@@ -102,7 +108,7 @@ def predict(**flags: Any) -> list[dict[str, Any]]:
     typed_args(PREDICT_GROUPS, "predict", flags)
     args = make_predict_args(_hyperparameters(flags["pre_trained_model"])["flags"], flags)
     output = flags.get("output_file")
-    with _processes(args, ["predict", *_words(flags)]) as here:
+    with _processes(args, ["predict", *flag_words(flags)]) as here:
         if here:
             return _predict(args, output)
     return [] if output is None else [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
@@ -191,19 +197,6 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
         return make_train_args(**(saved | given))
     except InputError as error:
         raise InputError(f"in {outputs.config}: {error}") from error
-
-
-def _words(flags: dict[str, Any]) -> list[str]:
-    """Flags as a command line."""
-    words, fields = [], flag_fields(TRAIN_GROUPS) | flag_fields(PREDICT_GROUPS)
-    for name, value in flags.items():
-        if isinstance(value, list | tuple):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={value}")
-        elif fields[name].default is not None:
-            words.append(f"--{name}=none")
-    return words
 
 
 def _devices(args: Args) -> int:

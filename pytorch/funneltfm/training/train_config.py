@@ -1,6 +1,7 @@
 """The flags of `funneltfm train`: those of the tasks, the data, the model, Lightning's trainer, optimizers, the run."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -369,6 +370,19 @@ def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
     given = {name: value for name, value in flags.items() if name != "output_file"}
     of_the_model = {name: value for name, value in saved.items() if name in _OF_THE_MODEL}
     return make_train_args(**(of_the_model | given))
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags of `funneltfm train` or `predict` as a command line."""
+    words, fields = [], flag_fields(TRAIN_GROUPS) | flag_fields(PREDICT_GROUPS)
+    for name, value in flags.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+        elif fields[name].default is not None:
+            words.append(f"--{name}=none")
+    return words
 
 
 def _check_streaming(args: Args) -> None:
