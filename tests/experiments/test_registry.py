@@ -65,9 +65,10 @@ def test_the_nearer_wins_and_null_removes(tmp_path: Path) -> None:
     found = experiments(
         tmp_path,
         """
+_none: {stages: {one: {max_steps: null}}}
 _a: {about: a, original: {loss: 1}, data: there, stages: {one: {max_steps: 1, seed: 1, loggers: [csv, wandb]}}}
 _b: {extends: _a, stages: {one: {seed: 2}, two: {max_steps: 5}}}
-c: {extends: [_b, _a], about: c, stages: {one: {max_steps: null, loggers: [none], learning_rate: 1e-4}}}
+c: {extends: [_b, _a, _none], about: c, stages: {one: {loggers: [none], learning_rate: 1e-4}}}
 """,
     ).get("c")
     assert list(found.stages) == ["one", "two"]

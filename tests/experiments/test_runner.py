@@ -173,7 +173,14 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--list"]) == 0
-    assert "sparse_80_kd_onecycle_lr_rigl " in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "sparse_80_kd_onecycle_lr_rigl " in listed
+    assert listed.count("\nglue-{table,simple,get_info}-{bert_1mi,") == 1
+    assert "\nglue-table-" not in listed
+    assert main(["run", "glue-*-bert_1mi", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"glue-{way}-bert_1mi" for way in ("table", "simple", "get_info")
+    ]
     words = ["--file", str(tiny_yaml), "--data_dir", str(corpus)]
     assert main(["run", "tiny", "--dry_run", *words, "--pretrain.max_steps", "3", "--loggers", "none"]) == 0
     shown = capsys.readouterr().out

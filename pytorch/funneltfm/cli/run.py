@@ -17,7 +17,7 @@ class RunFlags:
     """Which experiments, and where"""
 
     list_: bool = False
-    """List all experiments."""
+    """List the experiments; with names or globs those, one a line."""
     table: bool = False
     """Run nothing: print the tables of the finished experiments in output_dir, beside the original's rows."""
     dry_run: bool = False
@@ -65,8 +65,7 @@ def main(argv: Sequence[str]) -> None:
         **{name: flags[name] for name in ("data_dir", "output_dir", "tasks", "glue_hub", "overwrite", "dry_run")},
     )
     if flags["list"]:
-        for name in experiments.select(names or ["*"]):
-            print(f"{name:44} {' '.join(experiments.get(name).about.split())}".rstrip())
+        print("\n".join(_listed(experiments, names)))
     elif flags["table"]:
         from funneltfm.experiments.tables import tables
 
@@ -88,6 +87,18 @@ def _parser(prog: str) -> FlagParser:
         "what was cut short goes on. Flags of `funneltfm train` are set in all stages, --STAGE.FLAG in one.",
         config_file=False,
     )
+
+
+def _listed(experiments: Experiments, names: Sequence[str]) -> list[str]:
+    """A line for each experiment; without names, a grid of them is one."""
+    grids = {} if names else {made[0]: (grid, made) for grid, made in experiments.grids.items() if grid[0] != "_"}
+    hidden = {name for _, made in grids.values() for name in made[1:]}
+    lines = []
+    for name in experiments.select(names or ["*"]):
+        if name not in hidden:
+            shown = grids[name][0] if name in grids else name
+            lines.append(f"{shown:44} {' '.join(experiments.get(name).about.split())}".rstrip())
+    return lines
 
 
 def _names(argv: Sequence[str]) -> tuple[list[str], list[str]]:

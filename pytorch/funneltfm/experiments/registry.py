@@ -73,6 +73,7 @@ class Experiments:
 
     def __init__(self, files: Iterable[str | Path] = ()):
         self._parts: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # name -> parts to merge, with their places
+        self.grids: dict[str, list[str]] = {}  # names that a grid stands for, by "NAME-{LABEL,LABEL}-..."
         for path in [*sorted(SHIPPED.glob("*.yaml")), *map(Path, files)]:
             content = read_yaml(path, "the experiments in")
             if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -94,12 +95,16 @@ class Experiments:
                 raise InputError(f"{where}: an axis of grid is a mapping of labels to parts; got {brief(repr(axis))}.")
             for label, part in axis.items():
                 _check_part(f"{where}: grid: {label}", {} if part is None else part)
+        if grid:
+            axes = ["{" + ",".join(map(str, axis)) + "}" for axis in grid]
+            made = self.grids["-".join([name, *axes])] = list[str]()
         for labels in itertools.product(*grid) if grid else ():
             parts = [(where, axis[label] or {}) for axis, label in zip(grid, labels, strict=True)]
             full = "-".join([name, *map(str, labels)])
             if full in self._parts:
                 raise InputError(f"{where}: its grid makes {full}, which is there already.")
             self._parts[full] = [(where, raw), *parts]
+            made.append(full)
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +129,7 @@ class Experiments:
     def get(self, name: str) -> Experiment:
         if name not in self.names:
             raise self._unknown(name)
-        merged = self._merged(name, ())
+        merged = _without_null(self._merged(name, ()))
         stages = {stage: typed(flags, f"{name}: {stage}") for stage, flags in merged.pop("stages", {}).items()}
         if not (stages or "glue" in merged or "search" in merged):
             raise InputError(f"the experiment {name} has neither stages nor glue nor search: there is nothing to run.")
@@ -168,25 +173,29 @@ def _a(kind: Any) -> str:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`: mappings key by key, all else replaced; None removes.
+    """`over` laid over `base`: mappings key by key, all else replaced.
 
     >>> merge({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3, "c": None}, "d": [2]})
-    {'a': {'b': 3}, 'd': [2]}
+    {'a': {'b': 3, 'c': None}, 'd': [2]}
     """
     merged = dict(base)
     for key, value in over.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, Mapping):
-            old = merged.get(key)
-            merged[key] = merge(old if isinstance(old, Mapping) else {}, value)
-        else:
-            merged[key] = value
+        old = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
 
+def _without_null(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_null(value) if isinstance(value, Mapping) else value
+        for key, value in mapping.items()
+        if value is not None
+    }
+
+
 def typed(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Flags of a stage. YAML 1.1 takes 1e-4 for text; where the flag is a number it is one here."""
+    """Flags of a stage. YAML 1.1 takes 1e-4 for text; where the flag is a number it is one here, and `none` is None."""
     fields = flag_fields(TRAIN_GROUPS)
     for name in flags:
         if name not in fields and name not in STAGE_KEYS:
@@ -202,5 +211,8 @@ def _number(kind: Any, value: Any) -> Any:
         return [_number(item, one) for one in value]
     if item is not None and not isinstance(value, list):
         return [_number(item, value)]  # one value for a flag that takes several
-    is_float = float in (get_args(kind) or (kind,))
+    kinds = get_args(kind) or (kind,)
+    if value == "none" and type(None) in kinds and str not in kinds:  # as on the command line: null removes a key
+        return None
+    is_float = float in kinds
     return float(value) if is_float and isinstance(value, str) and _NUMBER.fullmatch(value) else value

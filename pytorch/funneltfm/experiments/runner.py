@@ -16,14 +16,14 @@ from typing import Any
 
 import funneltfm
 from funneltfm.errors import InputError, Stopped
-from funneltfm.experiments.registry import STAGE_KEYS, Experiment, Experiments, merge
+from funneltfm.experiments.registry import STAGE_KEYS, Experiment, Experiments
 from funneltfm.files import file_digest, read_json, write_json
 from funneltfm.training.train_config import flag_words, make_train_args
 
 log = logging.getLogger(__name__)
 
 _PLACEHOLDER = re.compile(r"\{(data_dir|output_dir|model|stage)(?::([\w.+=-]+))?\}")
-_DATA = ("train_dataset", "valid_dataset", "test_dataset", "predict_dataset")
+_FILES = ("train_dataset", "valid_dataset", "test_dataset", "predict_dataset", "pre_trained_tokenizer")
 _MODELS = ("pre_trained_model", "pre_trained_generator_model", "distill_from")
 # Decided here, or about several runs at once.
 RESERVED = ("name", "resume", "ckpt_path", "seeds", "output_dir", "overwrite", "fast_dev_run", "barebones")
@@ -31,6 +31,10 @@ RESERVED = ("name", "resume", "ckpt_path", "seeds", "output_dir", "overwrite", "
 _FREE = {"num_workers", "disable_memory_pinning", "debug", "enable_progress_bar", "loggers", "profiler"}
 _FREE |= {"devices_stats", "eval_batch_size", "checkpoint_interval", "save_total_limit"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Busy(InputError):
+    """Another process is at work on a run."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Runner:
     def overridden(self, flags: Mapping[str, Any], *stages: str) -> dict[str, Any]:
         """Flags with those of the command line over them; later stages win."""
         for stage in ("", *stages):
-            flags = merge(flags, self.settings.overrides.get(stage, {}))
+            flags = {**flags, **self.settings.overrides.get(stage, {})}
         return dict(flags)
 
     def stage_flags(self, experiment: Experiment, stage: str) -> dict[str, Any]:
@@ -146,7 +150,8 @@ class Runner:
             return str(self._model(experiment, of) if kind == "model" else self._of_stage(experiment, of))
 
         text = _PLACEHOLDER.sub(by, value)
-        if name in _DATA and "{data_dir}" in value and not self.settings.dry_run and not Path(text).exists():
+        ours = name in _FILES and ("{data_dir}" in value or "{output_dir}" in value)
+        if ours and not self.settings.dry_run and not Path(text).exists():
             how = experiment.data or "Put it there, or give another --data_dir."
             raise InputError(f"{experiment.name} needs {text}, which is not there. {' '.join(how.split())}")
         return text
@@ -302,7 +307,7 @@ def _locked(path: Path, name: str) -> Iterator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"another process is at work on the run {name}. Wait for its end, or stop it.") from error
+            raise Busy(f"another process is at work on the run {name}. Wait for its end, or stop it.") from error
         yield handle.fileno()
 
 
