@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from funneltfm.errors import InputError
-from funneltfm.experiments.glue import GLUE, score, summary, task_flags, write_data
+from funneltfm.experiments.glue import GLUE, score, summary, task_flags, validation, write_data
 from funneltfm.experiments.registry import Experiments
 from funneltfm.experiments.runner import Runner, Settings
 from funneltfm.experiments.tables import ORIGINAL, as_csv, markdown, summary_rows, tables
@@ -211,16 +211,16 @@ def runner(tiny_yaml: Path, corpus: Path, tmp_path: Path, files: Path) -> Any:
 def test_flags_of_tasks(runner: Any, tmp_path: Path) -> None:
     made = runner(dry_run=True, overrides={"glue": {"batch_size": 8}, "stsb": {"batch_size": 2, "max_steps": 4}})
     found = task_flags(made, made.experiments.get("tiny_glue"))
-    assert {task: runs for task, (runs, _) in found.items()} == {"cola": 2, "mnli": 1, "stsb": 1}
-    cola, mnli, stsb = (flags for _, flags in found.values())
+    assert {task: runs for task, (runs, _, _) in found.items()} == {"cola": 2, "mnli": 1, "stsb": 1}
+    cola, mnli, stsb = (flags | validation(flags, every) for _, every, flags in found.values())
     assert "max_epochs" not in cola
     assert (cola["val_check_interval"], cola["check_val_every_n_epoch"], cola["batch_size"]) == (2, None, 8)
     assert (mnli["max_epochs"], mnli["check_val_every_n_epoch"]) == (1, 1)
     assert (stsb["batch_size"], stsb["val_check_interval"]) == (2, 4)
     assert stsb["pre_trained_model"].endswith("pre_trained_models/tiny_sparse-again/best")
-    assert list(task_flags(runner(dry_run=True, tasks=("stsb",)), made.experiments.get("tiny_glue"))) == ["stsb"]
+    assert list(task_flags(made, made.experiments.get("tiny_glue"), ("stsb",))) == ["stsb"]
     with pytest.raises(InputError, match="there is no GLUE task 'sst'"):
-        task_flags(runner(dry_run=True, tasks=("sst",)), made.experiments.get("tiny_glue"))
+        task_flags(made, made.experiments.get("tiny_glue"), ("sst",))
     with pytest.raises(InputError, match="needs the model of tiny_sparse"):
         runner().run(["tiny_glue"])
 
@@ -234,11 +234,39 @@ def test_best_hyper_parameters_win(runner: Any, tiny_yaml: Path, tmp_path: Path)
         task_flags(made, made.experiments.get("read"))
     best.write_text("cola: {learning_rate: 2e-3, max_steps: 7}\n")
     found = task_flags(made, made.experiments.get("read"))
-    assert (found["cola"][1]["learning_rate"], found["cola"][1]["max_steps"], found["cola"][0]) == (2e-3, 7, 2)
-    assert found["mnli"][1]["learning_rate"] == 1e-3
+    assert (found["cola"][2]["learning_rate"], found["cola"][2]["max_steps"], found["cola"][0]) == (2e-3, 7, 2)
+    assert found["mnli"][2]["learning_rate"] == 1e-3
     best.write_text("colla: {learning_rate: 2e-3}\n")
     with pytest.raises(InputError, match="must hold flags by GLUE task"):
         task_flags(made, made.experiments.get("read"))
+
+
+def test_what_is_shipped_has_the_settings_of_the_original() -> None:
+    """Section 2.2 of the specification."""
+    made = Runner(Experiments(), Settings(dry_run=True))
+    found = {
+        way: task_flags(made, made.experiments.get(f"glue-{way}-bert_100k"))
+        for way in ("table", "simple", "get_info", "hp_chase")
+    }
+    for way, tasks in found.items():
+        assert set(tasks) == set(GLUE)
+        for _, _, flags in tasks.values():
+            assert (flags["batch_size"], flags["max_sequence_length"]) == (32, 128)
+            assert flags.get("num_warmup_steps", 0) == (0 if way == "table" else 0.1)
+            if way != "hp_chase":
+                assert flags["learning_rate"] == 2e-5
+    runs = {task: runs for task, (runs, _, _) in found["table"].items()}
+    assert runs == {
+        "cola": 10, "mnli": 1, "mrpc": 3, "qnli": 1, "qqp": 1, "rte": 10, "sst2": 1, "stsb": 3, "wnli": 10
+    }  # fmt: skip
+    epochs = {task: flags["max_epochs"] for task, (_, _, flags) in found["table"].items()}
+    assert {task for task in epochs if epochs[task] == 5} == {"cola", "mrpc", "wnli"}
+    assert all(every is None for _, every, _ in found["table"].values())
+    num_runs, every, flags = found["get_info"]["stsb"]
+    assert (num_runs, every, flags["max_steps"]) == (10, 150, 3124)
+    assert (found["simple"]["cola"][0], found["simple"]["mnli"][0], found["simple"]["mnli"][1]) == (5, 3, 1000)
+    assert found["hp_chase"]["qnli"][2]["learning_rate"] == 1.78e-6
+    assert found["hp_chase"]["qnli"][2]["max_steps"] == 92532
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 130
-    for Ctrl-C, 128 + n for signal n.
+    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 3 for
+    training that diverged, 130 for Ctrl-C, 128 + n for signal n.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if FlagParser.debug:
             raise
         print(f"funneltfm {verb}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadFlag) else 1
+        return 2 if isinstance(error, BadFlag) else getattr(error, "exit_code", 1)
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
         if str(error) or not isinstance(error, Stopped):

@@ -204,7 +204,8 @@ def _average(tasks: Mapping[str, Any], kind: str, without: set[str]) -> float | 
 def finetune(runner: "Runner", experiment: Experiment) -> None:
     """All runs of the tasks of an experiment, and output_dir/experiments/NAME.glue.json."""
     settings, runs = runner.settings, dict[str, list[Scores]]()
-    for task, (num_runs, flags) in task_flags(runner, experiment).items():
+    for task, (num_runs, eval_steps, flags) in task_flags(runner, experiment, settings.tasks).items():
+        flags |= validation(flags, eval_steps)
         folder = runner.output / "data" / "glue"
         if settings.dry_run:
             data = {split: folder / task / f"{split}.jsonl" for split in ("train", "valid")}
@@ -214,7 +215,7 @@ def finetune(runner: "Runner", experiment: Experiment) -> None:
         for i in range(num_runs):
             name = f"{experiment.name}-{task}-run_{i + 1}"
             seed = {"seed": flags.get("seed", 1337) + i}
-            runner.train(experiment, name, flags | seed | _data_flags(task, data))
+            runner.train(experiment, name, flags | seed | data_flags(task, data))
             if not settings.dry_run:
                 runs[task].append(score(task, runner.output / "predictions" / name, data))
                 if not experiment.glue.get("keep_models"):
@@ -236,31 +237,35 @@ def results_path(runner: "Runner", name: str) -> Path:
     return runner.output / "experiments" / f"{name}.glue.json"
 
 
-def task_flags(runner: "Runner", experiment: Experiment) -> dict[str, tuple[int, dict[str, Any]]]:
-    """For each task the number of runs and the flags, without the data's. Raises InputError for what cannot be."""
+def task_flags(
+    runner: "Runner", experiment: Experiment, tasks: Sequence[str] | None = None
+) -> dict[str, tuple[int, int | None, dict[str, Any]]]:
+    """For each task (or these) the number of runs, eval_steps, and the flags without those of data and validation.
+    Raises InputError for what cannot be.
+    """
     glue = experiment.glue
     if unknown := sorted(set(glue) - set(_KEYS)):
         raise InputError(f"{experiment.name}: glue: unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}.")
     if not isinstance(glue.get("tasks"), dict) or not glue["tasks"] or "model" not in glue:
         raise InputError(f"{experiment.name}: glue needs model, and tasks with some of {', '.join(GLUE)}.")
-    for task in (*glue["tasks"], *(runner.settings.tasks or ())):
+    for task in (*glue["tasks"], *(tasks or ())):
         if task not in GLUE:
             raise InputError(f"{experiment.name}: there is no GLUE task {task!r}; there are {', '.join(GLUE)}.")
     best = _best(runner, experiment)
     chosen = {}
     for task, own in glue["tasks"].items():
-        if runner.settings.tasks is None or task in runner.settings.tasks:
+        if tasks is None or task in tasks:
             own = merge(own or {}, best.get(task, {}))
             keys = {key: own.pop(key, None) for key in _TASK_KEYS}
             num_runs = 1 if keys["num_runs"] is None else keys["num_runs"]
             if not isinstance(num_runs, int) or num_runs < 1:
                 raise InputError(f"{experiment.name}: {task}: num_runs must be at least 1; got {num_runs!r}.")
-            common = dict(glue.get("flags") or {})
-            if {"max_steps", "max_epochs"} & set(own):  # a task that says how long has no other end
-                common = {key: value for key, value in common.items() if key not in ("max_steps", "max_epochs")}
-            flags = typed({"pre_trained_model": glue["model"]} | merge(common, own), f"{experiment.name}: {task}")
-            flags = runner.filled(experiment, runner.overridden(flags, "glue", task))
-            chosen[task] = (num_runs, flags | _validation(experiment, flags, keys["eval_steps"]))
+            flags = with_end(glue.get("flags") or {}, own)
+            flags = typed({"pre_trained_model": glue["model"]} | flags, f"{experiment.name}: {task}")
+            flags = with_end(flags, runner.overridden({}, "glue", task))
+            if max(flags.get("max_steps", -1), flags.get("max_epochs", -1)) < 1:
+                raise InputError(f"{experiment.name}: {task}: say how long to finetune: max_epochs or max_steps.")
+            chosen[task] = (num_runs, keys["eval_steps"], runner.filled(experiment, flags))
     return chosen
 
 
@@ -282,18 +287,24 @@ def _best(runner: "Runner", experiment: Experiment) -> Mapping[str, Any]:
     return best
 
 
-def _validation(experiment: Experiment, flags: Mapping[str, Any], eval_steps: int | None) -> dict[str, Any]:
-    """When to validate."""
+def with_end(flags: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over flags; where it says how long to train, flags no longer do."""
+    ends = ("max_steps", "max_epochs")
+    kept = {key: value for key, value in flags.items() if key not in ends or not set(ends) & set(over)}
+    return kept | dict(over)
+
+
+def validation(flags: Mapping[str, Any], eval_steps: int | None = None) -> dict[str, Any]:
+    """When to validate: every eval_steps, or at the end."""
     every = eval_steps or (flags["max_steps"] if flags.get("max_steps", -1) > 0 else None)
-    if every is not None:
-        batches = every * flags.get("accumulate_grad_batches", 1)
-        return {"val_check_interval": batches, "check_val_every_n_epoch": None}
-    if flags.get("max_epochs", 0) < 1:
-        raise InputError(f"{experiment.name}: glue: say how long to finetune: max_epochs or max_steps.")
-    return {"check_val_every_n_epoch": flags["max_epochs"]}
+    if every is None:
+        return {"check_val_every_n_epoch": flags["max_epochs"]}
+    batches = every * flags.get("accumulate_grad_batches", 1)
+    return {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
 
-def _data_flags(task: str, data: Mapping[str, Path]) -> dict[str, Any]:
+def data_flags(task: str, data: Mapping[str, Path]) -> dict[str, Any]:
+    """Flags of a task on data as write_data leaves them."""
     one = GLUE[task]
     flags: dict[str, Any] = {
         "pipeline": "seq_class",

@@ -89,7 +89,8 @@ class Experiments:
             raise InputError(f"{path}: there is an experiment {name} already. Give another name, and extend that one.")
         _check_part(where, raw)
         grid = raw.get("grid", [])
-        self._parts[f"_{name}" if grid and not name.startswith("_") else name] = [(where, raw)]
+        if not grid:
+            self._parts[name] = [(where, raw)]
         for axis in grid:
             if not isinstance(axis, dict) or not axis:
                 raise InputError(f"{where}: an axis of grid is a mapping of labels to parts; got {brief(repr(axis))}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import funneltfm
-from funneltfm.errors import InputError, Stopped
+from funneltfm.errors import Diverged, InputError, Stopped
 from funneltfm.experiments.registry import STAGE_KEYS, Experiment, Experiments
 from funneltfm.files import file_digest, read_json, write_json
 from funneltfm.training.train_config import flag_words, make_train_args
@@ -208,6 +208,8 @@ class Runner:
             words = [*self._command(name, given | accumulation(flags)), *filter(None, [how])]
             log.info("%s: %s", name, {"--resume": "goes on", "--overwrite": "starts anew"}.get(how, "starts"))
             code = self.launch(words, [lock])
+        if code == Diverged.exit_code:
+            raise Diverged(f"the run {name} has diverged; what it said is above.")
         if code != 0 or not self.results(name).is_file():
             raise InputError(f"the run {name} ended with exit code {code}; what it said is above, and in its log.txt.")
         return True

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from funneltfm.errors import InputError, Stopped
+from funneltfm.errors import Diverged, InputError, Stopped
 from funneltfm.training.config import Args, make_args
 from funneltfm.training.ranks import LAUNCHER
 
@@ -70,6 +70,8 @@ def start_here(words: list[str], n: int, port: int = 0) -> None:
         code = failure.exitcode
         if (signum := abs(code) - 128 * (code > 0)) in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             raise Stopped(signum) from None  # the main process has told what was saved
+        if code == Diverged.exit_code:
+            raise Diverged("the training loss is no number any more; process 0 has told where.") from None
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise InputError(f"process {rank} of {n} ended with {how}; the others were stopped.") from None
     except SignalException as error:
