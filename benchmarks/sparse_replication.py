@@ -33,7 +33,7 @@ import torch
 from sparse_overhead import cpu_name
 
 from funneltfm.data.sources import open_rows
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, Stopped
 from funneltfm.experiments.registry import Experiments
 from funneltfm.experiments.runner import Busy, Runner, Settings
 from funneltfm.files import atomic_path, read_json
@@ -83,6 +83,9 @@ def main() -> int:
     except (InputError, OSError) as error:
         print(f"sparse_replication: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"\nsparse_replication: stopped. {stop}", file=sys.stderr)
+        return 128 + stop.signum
     print(result["table"])
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

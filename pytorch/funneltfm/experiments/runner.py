@@ -29,7 +29,7 @@ _MODELS = ("pre_trained_model", "pre_trained_generator_model", "distill_from")
 RESERVED = ("name", "resume", "ckpt_path", "seeds", "output_dir", "overwrite", "fast_dev_run", "barebones")
 # What may change without making a run another one.
 _FREE = {"num_workers", "disable_memory_pinning", "debug", "enable_progress_bar", "loggers", "profiler"}
-_FREE |= {"devices_stats", "eval_batch_size", "checkpoint_interval", "save_total_limit"}
+_FREE |= {"launcher", "devices_stats", "eval_batch_size", "checkpoint_interval", "save_total_limit"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

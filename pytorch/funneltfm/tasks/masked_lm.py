@@ -144,8 +144,8 @@ def _packed(rows: Sequence[Sequence[Text]], text: TextEncoder) -> list[Example]:
             words += [w if w == NO_WORD else w + first_word for w in part.word_ids] + [NO_WORD] * len(separator)
             first_word += max(part.word_ids, default=-1) + 1
     blocks = range(0, len(ids), room)
+    row_of = np.searchsorted(np.array(starts), np.array(blocks), side="right") - 1
     return [
-        text.example([ids[i : i + room]], [words[i : i + room]])
-        | {"row": int(np.searchsorted(starts, i, side="right")) - 1}
-        for i in blocks
+        text.example([ids[i : i + room]], [words[i : i + room]]) | {"row": row}
+        for i, row in zip(blocks, row_of.tolist(), strict=True)
     ]

@@ -38,7 +38,7 @@ from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patienc
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, flag_fields, read_yaml, typed_args
 from funneltfm.training.distillation import Teachers
-from funneltfm.training.launch import start_here
+from funneltfm.training.launch import start_here, start_on_ray
 from funneltfm.training.model_source import load_tokenizer, make_heads, model_name
 from funneltfm.training.outputs import (
     Outputs,
@@ -74,7 +74,7 @@ _FREE_ON_RESUME = {
     *(*_OF_THE_START, "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
     *("checkpoint_interval", "no_val_checkpointing", "no_epoch_checkpointing", "loggers", "enable_progress_bar"),
     *("predict_dataset", "predict_config", "predict_filter", "predict_shard_dataset", "profiler", "output_dir", "name"),
-    *("test_dataset", "test_config", "test_filter", "test_shard_dataset", "max_time"),
+    *("test_dataset", "test_config", "test_filter", "test_shard_dataset", "max_time", "launcher"),
 }
 
 
@@ -90,6 +90,8 @@ def run(args: Args) -> dict[str, Any]:
     if args.seeds is not None:
         return _over_seeds(args)
     outputs = Outputs(Path(args.output_dir), args.name)
+    if args.launcher == "ray" and ranks.find_place(1, 0, None) is None:
+        return _start_on_ray(args, outputs)
     if args.resume:
         args = with_run_flags(args, outputs)
     with _processes(args, ["train", *flag_words(given_flags(args))]) as here:
@@ -112,6 +114,22 @@ def predict(**flags: Any) -> list[dict[str, Any]]:
         if here:
             return _predict(args, output)
     return [] if output is None else [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
+
+
+def _start_on_ray(args: Args, outputs: Outputs) -> dict[str, Any]:
+    """The run in --devices processes of a Ray cluster, which are in the folder that this process is in."""
+    if not args.devices.isdigit() or args.devices == "0":
+        raise InputError(f"--launcher=ray needs --devices, the number of processes in all; got {args.devices}.")
+    own = {name: value for name, value in given_flags(args).items() if name not in ("launcher", "devices", "num_nodes")}
+    flags = {"flags": own | {"name": args.name}, "folder": os.getcwd()}
+    storage = outputs.root.absolute() / "ray"
+    start_on_ray(_on_ray, flags, int(args.devices), storage, args.accelerator in ("auto", "gpu", "cuda"), args.name)
+    return json.loads(outputs.results.read_text(encoding="utf-8"))
+
+
+def _on_ray(config: dict[str, Any]) -> None:
+    os.chdir(config["folder"])
+    run(make_train_args(**config["flags"]))
 
 
 @contextlib.contextmanager

@@ -149,6 +149,10 @@ class TrainerFlags:
     """Number of devices, or their numbers (0,1), or auto: all GPUs, or one CPU process."""
     num_nodes: int = 1
     """Machines; start the same command on each with torchrun or SLURM."""
+    launcher: Literal["local", "ray"] = "local"
+    """Who starts the processes: this machine (or torchrun, or SLURM), or the Ray cluster at RAY_ADDRESS (a local one
+    where there is none), where devices is their number in all.
+    """
     precision: str = "32-true"
     """16-mixed, bf16-mixed, 16-true, bf16-true, 32-true or 64-true; 16 and bf16 mean mixed, 32 and 64 true."""
     fast_dev_run: bool = False
