@@ -1,11 +1,13 @@
 """The benchmarks run, on sizes that take seconds, and their committed results are in one format."""
 
+import importlib
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -99,6 +101,85 @@ def test_pretraining(tmp_path: Path) -> None:
     other = subprocess.run([*command, "--pretrain_lr=1e-4"], capture_output=True, text=True, env=env, timeout=100)
     assert other.returncode == 1
     assert "has runs of other settings" in other.stderr
+
+
+def replication() -> ModuleType:
+    """benchmarks/sparse_replication.py as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module("sparse_replication")
+    finally:
+        sys.path.pop(0)
+
+
+def test_ratios_of_the_replication_by_hand() -> None:
+    module = replication()
+    cells = {
+        ("bert", "dense", "plain"): {0: 10.0, 1: 20.0},
+        ("bert", "dense", "kd"): {0: 8.0},
+        ("bert", "rigl_80", "kd"): {0: 9.0, 1: 30.0, 2: 1.0},
+    }
+    rows = {(row["arm"], row["recipe"]): row for row in module.table_rows(cells)}
+    row = rows["rigl_80", "kd"]
+    assert (row["perplexity"], row["seeds"]) == (40 / 3, 3)
+    assert row["R_recipe"]["ratio"] == pytest.approx(39 / 30)  # seeds 0 and 1, which both have
+    assert row["R_recipe"]["spread"] == pytest.approx(0.6 / 2**0.5)  # of 0.9 and 1.5
+    assert row["R_equal"] == {"ratio": pytest.approx(9 / 8), "spread": None, "seeds": 1}
+    assert "| bert | rigl_80 | kd | 3 | 13.33 +- 14.98 | 1.300 +- 0.424 | 1.125 |" in module.as_markdown([row])
+    assert module.table_rows({("bert", "dense", "kd"): {0: 8.0}})[0]["R_recipe"] is None
+
+
+def test_cells_of_the_replication() -> None:
+    from funneltfm.experiments.registry import Experiments
+
+    module, experiments = replication(), Experiments()
+    names = module.chosen(experiments, ["*"])
+    assert len(names) == 2 * 11 * 4 * 3
+    assert len(module.chosen(experiments, ["bert-*_80-kd-0"])) == 5
+    assert module.parts("replication-bert-rigl_2021_80-kd_onecycle-2") == ("bert", "rigl_2021_80", "kd_onecycle", 2)
+    plain = experiments.get("replication-bert-static_80-plain-1").stages["pretrain"]
+    both = experiments.get("replication-bert-static_80-kd_onecycle-1").stages["pretrain"]
+    assert "distill_from" not in plain
+    assert both["distill_from"] == ["{model:replication_teacher-bert}"]
+    assert (plain["scheduler"], both["scheduler"], both["seed"], both["sparsity"]) == (
+        "linear_decay",
+        "one_cycle",
+        1,
+        0.8,
+    )
+    different = {"distill_from", "distill_weight", "distill_temperature", "scheduler", "learning_rate"}
+    assert {key: plain[key] for key in plain if key not in different | {"num_warmup_steps"}} == {
+        key: both[key] for key in both if key not in different
+    }
+
+
+@pytest.mark.slow
+def test_sparse_replication(tmp_path: Path) -> None:
+    (tmp_path / "wikitext-2").mkdir()
+    rng = random.Random(0)
+    for split, n in (("train", 3000), ("valid", 600)):
+        lines = (" ".join(rng.choices(["a", "film", "of", "the", "town", "<unk>", "music"], k=12)) for _ in range(n))
+        (tmp_path / "wikitext-2" / f"wiki.{split}.tokens").write_text("\n".join(lines) + "\n")
+    words = ["--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--steps", "8", "--smoke", "--vocab_size", "60"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
+
+    def call(*more: str) -> dict:
+        out = f"--out={tmp_path / 'result.json'}"
+        command = [sys.executable, ROOT / "benchmarks/sparse_replication.py", *words, *more, out]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "result.json").read_text())
+
+    result = call("bert-dense-plain-0", "bert-gradual_80-kd-0")
+    assert [(row["arm"], row["recipe"]) for row in result["rows"]] == [("dense", "plain"), ("gradual_80", "kd")]
+    sparse = result["cells"]["replication-bert-gradual_80-kd-0"]
+    assert sparse["density"]["model"] == pytest.approx(0.2, abs=0.001)
+    assert sparse["steps"] == 8
+    assert not (tmp_path / "out/pre_trained_models/replication-bert-gradual_80-kd-0").exists()
+    before = (tmp_path / "out/runs/replication-bert-gradual_80-kd-0/results.json").stat().st_mtime_ns
+    again = call("bert-gradual_80-kd-0")  # nothing to do
+    assert again == result
+    assert (tmp_path / "out/runs/replication-bert-gradual_80-kd-0/results.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)

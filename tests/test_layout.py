@@ -28,17 +28,20 @@ PLACES = (
     "download_all_ckpts.sh",
     "data-scripts/README.md",
     "data-scripts/make_sample.py",
+    "data-scripts/split_corpus.py",
     "data-scripts/download_glue.sh",
     "data-scripts/download_textcls.sh",
     "scripts/setup.sh",
     "scripts/test.sh",
     "scripts/classifier.sh",
     "scripts/pretrain.sh",
+    "scripts/run.sh",
     "tensorflow/README.md",
     "docs/architecture.md",
     ".ci/run",
     "pytorch/modeling.py",
     "pytorch/classifier.py",
+    "pytorch/run.py",
     "pytorch/funneltfm/__init__.py",
 )
 
@@ -156,6 +159,8 @@ def test_wheel_holds_the_package_and_the_doorstep_of_the_model(wheel):
     package = {str(path.relative_to(SOURCE)) for path in PACKAGE.rglob("*.py")}
     assert {name for name in installed if name.endswith(".py")} == package | {"modeling.py"}
     assert {name.partition("/")[0] for name in installed} == {"funneltfm", "modeling.py"}
+    data = {str(path.relative_to(SOURCE)) for kind in ("*.yaml", "*.csv") for path in PACKAGE.rglob(kind)}
+    assert {name for name in installed if not name.endswith(".py")} == data
 
 
 def test_wheel_says_who_it_is(wheel):

@@ -9,6 +9,12 @@ class InputError(ValueError):
     """
 
 
+class Diverged(InputError):
+    """The loss of a training run is no number any more. The command ends with the exit code 3."""
+
+    exit_code = 3
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the run. `signum` is the signal; the message says what was saved and how to go on."""
 

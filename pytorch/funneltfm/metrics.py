@@ -63,13 +63,13 @@ def compute(names: tuple[str, ...], pred: np.ndarray, target: np.ndarray) -> dic
 
 
 def by_class(pred: np.ndarray, target: np.ndarray, n: int) -> dict[str, float]:
-    """Accuracy, macro F1 over the n classes, and for each class i the share of its examples that were found,
-    `accuracy_class_i`, and its F1, `f1_class_i`; 0 for a class that neither is nor is predicted.
+    """Accuracy, macro F1 over the n classes, Matthews correlation, and for each class i the share of its examples that
+    were found, `accuracy_class_i`, and its F1, `f1_class_i`; 0 for a class that neither is nor is predicted.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
     _, recall, f1_scores, _ = precision_recall_fscore_support(target, pred, labels=range(n), zero_division=0.0)
-    scores = {"accuracy": accuracy(pred, target), "f1": float(f1_scores.mean())}
+    scores = {"accuracy": accuracy(pred, target), "f1": float(f1_scores.mean()), "mcc": mcc(pred, target)}
     for i in range(n):
         scores |= {f"accuracy_class_{i}": float(recall[i]), f"f1_class_{i}": float(f1_scores[i])}
     return scores

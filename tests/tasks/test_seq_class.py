@@ -71,6 +71,7 @@ def test_loss_and_scores_by_their_formulas(tiny_tokenizer: Any) -> None:
         assert scores[f"accuracy_class_{c}"] == tp / there
         assert scores[f"f1_class_{c}"] == pytest.approx(2 * tp / (said + there))
     assert scores["f1"] == pytest.approx((scores["f1_class_0"] + scores["f1_class_1"]) / 2)
+    assert scores["mcc"] == pytest.approx(np.corrcoef(pred, labels)[0, 1])
     assert task.train_scores(torch.tensor(logits), batch) == {"accuracy": pytest.approx((pred == labels).mean())}
 
 

@@ -62,6 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "static": {},
     "rigl": {"sparsity_method": "rigl", "sparsity_interval": 2, "rigl_drop": 0.5},
     "gradual": {"sparsity_method": "gradual", "sparsity_interval": 2, "sparsity_begin": 2, "sparsity_end": 0.75},
+    "rigl_2021": {"sparsity_method": "rigl_2021", "sparsity_interval": 2, "rigl_drop": 0.5},
 }
 
 
@@ -119,7 +120,8 @@ def test_a_sparse_run_and_a_finetuning_that_keeps_its_masks(method: str, data, t
         again = train(**flags(data, tmp_path, pipeline=task, name=task, pre_trained_model=str(out.best), **more))
         best = Outputs(tmp_path, task).best
         kept = masks_in(best)
-        assert again["density"]["mask"] == pytest.approx(0.25, abs=0.002)
+        if method != "rigl_2021":  # which moves weights between matrices, heads too
+            assert again["density"]["mask"] == pytest.approx(0.25, abs=0.002)
         assert all(torch.equal(mask, masks[name]) for name, mask in kept.items())
         assert len(kept) >= 6
         off_is_zero(best)

@@ -14,6 +14,7 @@ VERBS = {
     "predict": "predict with a model that `train` has left, to jsonl",
     "train-tokenizer": "learn a WordPiece, BPE or Unigram tokenizer from texts",
     "curves": "draw the scores of a run over its steps",
+    "run": "run named experiments: pretraining, sparse training, GLUE",
     "export": "write a finetuned model so that transformers serves it without this package",
     "convert-ckpt": "convert Funnel checkpoints between TensorFlow, PyTorch and transformers",
     "convert-lsg": "make an LSG model, for long texts, of a checkpoint of transformers",
@@ -23,8 +24,8 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 130
-    for Ctrl-C, 128 + n for signal n.
+    """Run a verb; the exit code: 0, 1 for input that cannot be used, 2 for flags that cannot be understood, 3 for
+    training that diverged, 130 for Ctrl-C, 128 + n for signal n.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if FlagParser.debug:
             raise
         print(f"funneltfm {verb}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadFlag) else 1
+        return 2 if isinstance(error, BadFlag) else getattr(error, "exit_code", 1)
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
         if str(error) or not isinstance(error, Stopped):

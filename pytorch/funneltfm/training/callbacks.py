@@ -18,7 +18,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from tqdm import tqdm
 
-from funneltfm.errors import InputError
+from funneltfm.errors import Diverged
 from funneltfm.files import atomic_path
 from funneltfm.training import ranks
 from funneltfm.training.precision import AmpPrecision
@@ -155,7 +155,7 @@ class History(Callback):
         step, loss, index = first
         names = [str(self.ids[i]) for i in index]
         ranks.fail(
-            InputError(
+            Diverged(
                 f"the training loss is {loss} at step {step} (epoch {step / self.per_epoch:.2f}), on the examples with "
                 f"the ids {', '.join(names[:32])}{', ...' if len(names) > 32 else ''}. Training has diverged: "
                 f"{self.advice}. The checkpoint before is kept."

@@ -25,7 +25,7 @@ from funneltfm.training import plots, ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun, ValidateAt, validation_steps
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, make_args
-from funneltfm.training.launch import classify_words, start_here, start_on_ray
+from funneltfm.training.launch import classify_flags, classify_words, start_here, start_on_ray
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
 from funneltfm.training.rundir import RunDir, find_run
@@ -75,11 +75,16 @@ def _launch(args: Args) -> dict[str, Any]:
     for name, value in with_absolute_paths(args.flags()).items():
         setattr(args, name, value)  # the processes may start in another folder
     if args.launcher == "ray":
-        start_on_ray(args, run_dir.root.absolute())
+        root = run_dir.root.absolute()
+        start_on_ray(_on_ray, classify_flags(args, root), args.distributed_world_size, root, args.device_id >= 0)
     else:
         port = args.distributed_port if "distributed_port" in args.given else 0
         start_here(classify_words(args, run_dir.root.absolute()), args.distributed_world_size, port)
     return json.loads(run_dir.results.read_text(encoding="utf-8"))
+
+
+def _on_ray(flags: dict[str, Any]) -> None:
+    run(make_args(**flags))
 
 
 def _run(args: Args) -> dict[str, Any]:

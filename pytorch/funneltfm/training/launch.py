@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from funneltfm.errors import InputError, Stopped
-from funneltfm.training.config import Args, make_args
+from funneltfm.errors import Diverged, InputError, Stopped
+from funneltfm.training.config import Args
 from funneltfm.training.ranks import LAUNCHER
 
 # Where this package is, for processes that may not have it installed.
@@ -19,7 +20,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
-def _flags(args: Args, model_dir: Path) -> dict[str, Any]:
+def classify_flags(args: Args, model_dir: Path) -> dict[str, Any]:
     """What the processes are told: what was set on purpose, the run's folder, and how many they are."""
     given = {name: getattr(args, name) for name in args.given}
     return given | {"model_dir": str(model_dir), "distributed_world_size": args.distributed_world_size}
@@ -32,7 +33,10 @@ def python_path() -> str:
 
 def classify_words(args: Args, model_dir: Path) -> list[str]:
     """The command line of each process of `funneltfm classify`."""
-    return ["classify", *(f"--{name}={value}" for name, value in _flags(args, model_dir).items() if value is not None)]
+    return [
+        "classify",
+        *(f"--{name}={value}" for name, value in classify_flags(args, model_dir).items() if value is not None),
+    ]
 
 
 def start_here(words: list[str], n: int, port: int = 0) -> None:
@@ -70,6 +74,8 @@ def start_here(words: list[str], n: int, port: int = 0) -> None:
         code = failure.exitcode
         if (signum := abs(code) - 128 * (code > 0)) in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             raise Stopped(signum) from None  # the main process has told what was saved
+        if code == Diverged.exit_code:
+            raise Diverged("the training loss is no number any more; process 0 has told where.") from None
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise InputError(f"process {rank} of {n} ended with {how}; the others were stopped.") from None
     except SignalException as error:
@@ -86,9 +92,18 @@ def start_here(words: list[str], n: int, port: int = 0) -> None:
                 os.environ[name] = value
 
 
-def start_on_ray(args: Args, model_dir: Path) -> None:
-    """Run in several processes of a Ray cluster, through Ray Train: the one that RAY_ADDRESS names, or one that is
-    made on this machine. All its machines must see the data and the run's folder under the same paths.
+def start_on_ray(
+    work: Callable[[dict[str, Any]], None],
+    flags: dict[str, Any],
+    processes: int,
+    storage: Path,
+    use_gpu: bool,
+    name: str = "ray",
+) -> None:
+    """Do `work(flags)` in several processes of a Ray cluster, through Ray Train: the one that RAY_ADDRESS names, or one
+    that is made on this machine. All its machines must see the data and the run's folder under the same paths.
+
+    storage: folder in which Ray keeps its own files, under `name`. use_gpu: a GPU for each process, where there are.
     """
     try:
         import ray
@@ -98,14 +113,19 @@ def start_on_ray(args: Args, model_dir: Path) -> None:
         raise InputError(f"--launcher=ray needs Ray ({error}): pip install 'funneltfm[ray]'.") from error
 
     if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, log_to_driver=True)
-    use_gpu = args.device_id >= 0 and ray.cluster_resources().get("GPU", 0) > 0
+        # Without an address Ray would also look for a cluster that somebody has left on this machine.
+        ray.init(
+            os.environ.get("RAY_ADDRESS", "local"),
+            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+            log_to_driver=True,
+        )
+    use_gpu = use_gpu and ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
         _on_ray,
-        train_loop_config=_flags(args, model_dir),
-        scaling_config=ScalingConfig(num_workers=args.distributed_world_size, use_gpu=use_gpu),
+        train_loop_config={"work": work, "flags": flags},
+        scaling_config=ScalingConfig(num_workers=processes, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(name="ray", storage_path=str(model_dir)),
+        run_config=RunConfig(name=name, storage_path=str(storage)),
     )
     try:
         trainer.fit()
@@ -113,13 +133,11 @@ def start_on_ray(args: Args, model_dir: Path) -> None:
         raise InputError(f"the run on Ray failed: {error}") from error
 
 
-def _on_ray(flags: dict[str, Any]) -> None:
+def _on_ray(config: dict[str, Any]) -> None:
     """What each process on Ray does."""
-    from funneltfm.training.classify import run  # which imports this module
-
     logger = logging.getLogger("funneltfm")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False  # Ray has a handler at the root, which would say everything twice
-    run(make_args(**flags))
+    config["work"](config["flags"])

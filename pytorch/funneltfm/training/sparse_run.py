@@ -28,6 +28,8 @@ def sparsity_callbacks(args: Any, model: nn.Module) -> list[StaticSparsity]:
     _check_masks(args, model)
     if args.sparsity_method == "static":
         return [StaticSparsity(config)]
+    if args.sparsity_method == "rigl_2021":
+        return [RigL.original(config, args.rigl_drop, args.sparsity_interval)]
     return [
         RigL(
             config,

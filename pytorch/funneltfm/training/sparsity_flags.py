@@ -14,9 +14,10 @@ class SparsityFlags:
     """Share of the weights that are off, such as 0.8 (with the pattern N:M, 1 - N/M). A sparse pre_trained_model keeps
     its masks without it.
     """
-    sparsity_method: Literal["static", "rigl", "gradual"] = "static"
+    sparsity_method: Literal["static", "rigl", "gradual", "rigl_2021"] = "static"
     """static: masks stay. rigl: the smallest weights are dropped, those with the largest gradients grow. gradual: from
-    dense to sparse by magnitude; the best model is one of those after sparsity_end.
+    dense to sparse by magnitude; the best model is one of those after sparsity_end. rigl_2021: as the project that
+    sparse training is measured against did RigL, to compare with.
     """
     sparsity_pattern: str = "unstructured"
     """unstructured, constant_fan_in, N:M such as 2:4, or blocks of outputs x inputs such as 4x1."""
@@ -31,13 +32,13 @@ class SparsityFlags:
     sparsity_embeddings: bool = False
     """The table of token embeddings can be sparse too."""
     sparsity_init: Literal["random", "magnitude"] | None = None
-    """static, rigl: which weights are on at first. Default: the largest (magnitude) of a pre_trained_model and with
+    """All but gradual: which weights are on at first. Default: the largest (magnitude) of a pre_trained_model and with
     global, else by lot (random).
     """
     sparsity_rescale: bool = False
-    """static, rigl: multiply fresh weights by 1/sqrt(density), so that outputs keep their variance."""
+    """All but gradual: multiply fresh weights by 1/sqrt(density), so that outputs keep their variance."""
     sparsity_interval: int = 100
-    """rigl, gradual: steps between changes of the masks."""
+    """rigl, gradual, rigl_2021: steps between changes of the masks."""
     sparsity_begin: int | float | None = None
     """rigl, gradual: the first change, as a step or (with a point, 0.25) a share of the run. Default: rigl 0, gradual
     0.25.
@@ -49,7 +50,7 @@ class SparsityFlags:
     rises (cubic, linear, cosine; default cubic).
     """
     rigl_drop: float = 0.3
-    """rigl: share of the weights that the first change drops and grows."""
+    """rigl, rigl_2021: share of the weights that the first change drops and grows."""
     rigl_grow: Literal["gradient", "random"] = "gradient"
     """rigl: grow those with the largest gradient, or by lot."""
     rigl_scope: Literal["layer", "global"] = "layer"
@@ -79,6 +80,7 @@ READS: dict[str, tuple[str, ...]] = {
     "static": _FIRST_MASKS,
     "rigl": (*_FIRST_MASKS, *_CHANGES, "rigl_drop", "rigl_grow", "rigl_scope", "rigl_moments"),
     "gradual": _CHANGES,
+    "rigl_2021": (*_FIRST_MASKS, "sparsity_interval", "rigl_drop"),
 }
 _SOME = {name for names in READS.values() for name in names}
 _OF_SPARSITY = set(SparsityFlags.__dataclass_fields__) - {"sparsity"}

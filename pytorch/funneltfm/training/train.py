@@ -52,7 +52,7 @@ from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patienc
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, flag_fields, read_yaml, typed_args
 from funneltfm.training.distillation import Teachers
-from funneltfm.training.launch import start_here
+from funneltfm.training.launch import start_here, start_on_ray
 from funneltfm.training.model_source import load_tokenizer, make_heads, model_name
 from funneltfm.training.outputs import (
     Outputs,
@@ -71,7 +71,13 @@ from funneltfm.training.sharding import ShardedStrategy
 from funneltfm.training.sparse_run import density_of, sparsity_callbacks
 from funneltfm.training.sparsity import GradualPruning, StaticSparsity, restore
 from funneltfm.training.task_module import Split, TaskModule
-from funneltfm.training.train_config import PREDICT_GROUPS, TRAIN_GROUPS, make_predict_args, make_train_args
+from funneltfm.training.train_config import (
+    PREDICT_GROUPS,
+    TRAIN_GROUPS,
+    flag_words,
+    make_predict_args,
+    make_train_args,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +89,7 @@ _FREE_ON_RESUME = {
     *(*_OF_THE_START, "num_workers", "disable_memory_pinning", "debug", "eval_batch_size", "save_total_limit"),
     *("checkpoint_interval", "no_val_checkpointing", "no_epoch_checkpointing", "loggers", "enable_progress_bar"),
     *("predict_dataset", "predict_config", "predict_filter", "predict_shard_dataset", "profiler", "output_dir", "name"),
-    *("tokenized_dir", "prepare_data_workers"),
+    *("tokenized_dir", "prepare_data_workers", "launcher"),
     *("test_dataset", "test_config", "test_filter", "test_shard_dataset", "max_time"),
 }
 
@@ -100,9 +106,11 @@ def run(args: Args) -> dict[str, Any]:
     if args.seeds is not None:
         return _over_seeds(args)
     outputs = Outputs(Path(args.output_dir), args.name)
+    if args.launcher == "ray" and ranks.find_place(1, 0, None) is None:
+        return _start_on_ray(args, outputs)
     if args.resume:
         args = with_run_flags(args, outputs)
-    with _processes(args, ["train", *_words(given_flags(args))]) as here:
+    with _processes(args, ["train", *flag_words(given_flags(args))]) as here:
         if here:
             return _run(args, outputs)
     return json.loads(outputs.results.read_text(encoding="utf-8"))
@@ -120,10 +128,26 @@ def predict(**flags: Any) -> list[dict[str, Any]]:
     output = flags.get("output_file")
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise InputError(f"--output_file={output} must be a file in a folder that is there.")
-    with _processes(args, ["predict", *_words(flags)]) as here:
+    with _processes(args, ["predict", *flag_words(flags)]) as here:
         if here:
             return _predict(args, output)
     return [] if output is None else [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
+
+
+def _start_on_ray(args: Args, outputs: Outputs) -> dict[str, Any]:
+    """The run in --devices processes of a Ray cluster, which are in the folder that this process is in."""
+    if not args.devices.isdigit() or args.devices == "0":
+        raise InputError(f"--launcher=ray needs --devices, the number of processes in all; got {args.devices}.")
+    own = {name: value for name, value in given_flags(args).items() if name not in ("launcher", "devices", "num_nodes")}
+    flags = {"flags": own | {"name": args.name}, "folder": os.getcwd()}
+    storage = outputs.root.absolute() / "ray"
+    start_on_ray(_on_ray, flags, int(args.devices), storage, args.accelerator in ("auto", "gpu", "cuda"), args.name)
+    return json.loads(outputs.results.read_text(encoding="utf-8"))
+
+
+def _on_ray(config: dict[str, Any]) -> None:
+    os.chdir(config["folder"])
+    run(make_train_args(**config["flags"]))
 
 
 @contextlib.contextmanager
@@ -209,19 +233,6 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
         return make_train_args(**(saved | given))
     except InputError as error:
         raise InputError(f"in {outputs.config}: {error}") from error
-
-
-def _words(flags: dict[str, Any]) -> list[str]:
-    """Flags as a command line."""
-    words, fields = [], flag_fields(TRAIN_GROUPS) | flag_fields(PREDICT_GROUPS)
-    for name, value in flags.items():
-        if isinstance(value, list | tuple):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words.append(f"--{name}={value}")
-        elif fields[name].default is not None:
-            words.append(f"--{name}=none")
-    return words
 
 
 def _devices(args: Args) -> int:

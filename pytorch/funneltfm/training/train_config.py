@@ -1,6 +1,7 @@
 """The flags of `funneltfm train`: those of the tasks, the data, the model, Lightning's trainer, optimizers, the run."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -156,6 +157,10 @@ class TrainerFlags:
     """Number of devices, or their numbers (0,1), or auto: all GPUs, or one CPU process."""
     num_nodes: int = 1
     """Machines; start the same command on each with torchrun or SLURM."""
+    launcher: Literal["local", "ray"] = "local"
+    """Who starts the processes: this machine (or torchrun, or SLURM), or the Ray cluster at RAY_ADDRESS (a local one
+    where there is none), where devices is their number in all.
+    """
     precision: str = "32-true"
     """16-mixed, bf16-mixed, 16-true, bf16-true, 32-true or 64-true; 16 and bf16 mean mixed, 32 and 64 true."""
     fast_dev_run: bool = False
@@ -416,6 +421,19 @@ def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
     given = {name: value for name, value in flags.items() if name != "output_file"}
     of_the_model = {name: value for name, value in saved.items() if name in _OF_THE_MODEL}
     return make_train_args(**(of_the_model | given))
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags of `funneltfm train` or `predict` as a command line."""
+    words, fields = [], flag_fields(TRAIN_GROUPS) | flag_fields(PREDICT_GROUPS)
+    for name, value in flags.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+        elif fields[name].default is not None:
+            words.append(f"--{name}=none")
+    return words
 
 
 def _check_streaming(args: Args) -> None:
