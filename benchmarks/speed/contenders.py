@@ -71,9 +71,10 @@ def segments(ids: Tensor) -> Tensor:
     return seg_id
 
 
-def _ours(flags: argparse.Namespace, **keys: Any) -> Built:
+def _ours(flags: argparse.Namespace, path: Any = "auto", **keys: Any) -> Built:
     config = net_config(flags, **keys)
     model = FunnelTFM(config)
+    model.attention_path = path
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
         return model(ids, input_mask=mask, seg_id=segments(ids))[1]["cls_logits"]
@@ -154,6 +155,7 @@ def _torch_encoder(flags: argparse.Namespace) -> Built:
 
 KINDS: dict[str, Callable[[argparse.Namespace], Built]] = {
     "ours": _ours,
+    "ours plain": lambda flags: _ours(flags, path="plain"),
     "ours factorized": lambda flags: _ours(flags, attn_type="factorized"),
     "HF funnel": _hf_funnel,
     "BERT": _bert,

@@ -41,8 +41,9 @@ def path_of(name: str, flags: argparse.Namespace) -> Path:
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """Rows as text. columns: key -> format, such as ".3f"; what a row lacks stays empty."""
     cells = [list(columns)]
-    for row in rows:
-        cells.append([format(row[key], form) if row.get(key) is not None else "" for key, form in columns.items()])
+    cells += [
+        [format(row[key], form) if row.get(key) is not None else "" for key, form in columns.items()] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
