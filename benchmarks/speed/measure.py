@@ -1,6 +1,7 @@
 """Clocks and memory."""
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -9,11 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from funneltfm.training.speed import keep_freed_memory
 
 from .contenders import PRECISIONS, precision, wait
 
@@ -75,6 +78,21 @@ def best_matmul(device: str, reps: int = 5) -> dict[str, dict[str, float]]:
 
 
 # ---- memory
+
+
+@contextlib.contextmanager
+def freed_memory(kept: bool) -> Iterator[None]:
+    """Within, freed memory stays with the process, or goes back to the system as it does where nobody has asked for
+    anything else: glibc's thresholds once they have grown to their bound.
+    """
+    libc = ctypes.CDLL(None)
+    if kept:
+        keep_freed_memory()
+    else:
+        libc.mallopt(-3, 2**25)
+        libc.mallopt(-1, 2**26)
+        libc.malloc_trim(0)
+    yield
 
 
 def _status(key: str) -> float:
