@@ -8,7 +8,8 @@ Contenders take turns in one process after a warm-up, so that what disturbs the 
 and of process CPU time are reported. On a machine that does other work too, trust CPU time, ratios and repetition. Peak
 memory, above the weights, is that of a process of its own for each contender. The best matmul rate is measured in the
 same run; fractions of it are of the same precision. Precisions: fp32; fp32-medium, which is
-torch.set_float32_matmul_precision("medium"); bf16, which is autocast. A table is printed; JSON and a plot go to
+torch.set_float32_matmul_precision("medium"); fp32-tuned, which also keeps freed memory, as our commands do; bf16, which
+is autocast. A table is printed; JSON and a plot go to
 benchmarks/results.
 """
 

@@ -129,6 +129,31 @@ def test_model_cases(tmp_path: Path, name: str) -> None:
     assert result["best_matmul_flop_per_s"]["fp32"]["cpu"] > 1e8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("finetune_epoch", ["--sentences=32"], {"ours fp32", "HF Trainer, dynamic padding"}),
+        ("predict_throughput", ["--sentences=32"], {"ours fp32", "BERT, dynamic padding"}),
+        ("tokenize", ["--sentences=200"], {"ours", "ours, from the cache", "transformers"}),
+        ("startup", [], {"funneltfm --help", "import modeling"}),
+    ],
+)
+def test_cases_on_the_built_in_sample(tmp_path: Path, name: str, words: list[str], expected: set[str]) -> None:
+    pytest.importorskip("transformers")
+    if name in ("finetune_epoch", "predict_throughput"):
+        words = [*words, "--contenders", *sorted(expected)]
+    folder = tmp_path / "sample"
+    subprocess.run([sys.executable, ROOT / "data-scripts/make_sample.py", folder], check=True, capture_output=True)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = "".join(f"id\t1\t\t{row['text_a']}\n" for row in rows)
+    (folder / "train.tsv").write_text(lines, encoding="utf-8")
+    data = [] if name == "startup" else [f"--data={folder}", f"--tokenizer={folder / 'vocab.txt'}"]
+    result = run_case(name, tmp_path, *data, *words)
+    assert expected <= {row["contender"] for row in result["rows"]}
+    assert all(row["wall_s"] > 0 and row["rounds"] == 2 for row in result["rows"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
 def test_results_name_their_settings_and_machine(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))

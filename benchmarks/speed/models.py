@@ -9,7 +9,7 @@ from .measure import best_matmul, in_own_process, peak_of, take_turns
 
 REFERENCE = "HF funnel fp32"  # whose time over a contender's is its speedup
 _CONTENDERS = [
-    *("ours fp32", "ours fp32-medium", "ours bf16", "ours factorized fp32-medium"),
+    *("ours fp32", "ours fp32-medium", "ours fp32-tuned", "ours bf16", "ours plain fp32-medium"),
     *("HF funnel fp32", "HF funnel fp32-medium", "BERT fp32", "BERT fp32-medium", "ModernBERT fp32"),
     "torch encoder fp32",
 ]
@@ -28,11 +28,11 @@ def prepare_forward(flags: argparse.Namespace) -> None:
 
 
 def prepare_train_step(flags: argparse.Namespace) -> None:
-    _prepare(flags, "train", ["8x128", "2x512", "1x2048"], [name for name in _CONTENDERS if "factorized" not in name])
+    _prepare(flags, "train", ["8x128", "2x512", "1x2048"], _CONTENDERS)
 
 
 def prepare_scaling(flags: argparse.Namespace) -> None:
-    few = ["ours fp32-medium", "HF funnel fp32", "BERT fp32", "torch encoder fp32"]
+    few = ["ours fp32-tuned", "ours plain fp32-medium", "HF funnel fp32", "BERT fp32", "torch encoder fp32"]
     _prepare(flags, "forward", [f"1x{2**i}" for i in range(6, 14)], few)
 
 
@@ -44,7 +44,7 @@ def shape_of(size: str) -> tuple[int, int]:
 def too_large(name: str, size: str, flags: argparse.Namespace) -> bool:
     """Whether `name` makes a tensor of all scores of a layer that is too much for a common machine."""
     batch, tokens = shape_of(size)
-    makes_scores = "HF funnel" in name or "factorized" in name
+    makes_scores = any(kind in name for kind in ("HF funnel", "factorized", "plain"))
     return makes_scores and 4 * batch * (flags.width // 64) * 2 * tokens**2 > _MOST_SCORES
 
 

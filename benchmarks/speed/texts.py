@@ -24,8 +24,8 @@ from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.setup import choose_devices, make_trainer
 from funneltfm.training.speed import matmul_precision
 
-from .contenders import build, net_config, precision
-from .measure import freed_memory, take_turns
+from .contenders import build, freed_memory, net_config, precision
+from .measure import take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -169,7 +169,9 @@ def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Nam
 
     def run() -> None:
         with freed_memory(kept=False):
-            transformers.Trainer(model, settings, data_collator=collate, train_dataset=examples).train()
+            trainer = transformers.Trainer(model, settings, data_collator=collate, train_dataset=examples)
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
         model.zero_grad()
 
     os.rmdir(folder)
@@ -190,7 +192,7 @@ def predict_throughput(flags: argparse.Namespace) -> dict[str, Any]:
             models[kind] = build(kind, flags)
         return models[kind]
 
-    ours = {f"ours {name}": name for name in ("fp32", "fp32-medium", "bf16")}
+    ours = {f"ours {name}": name for name in ("fp32", "fp32-tuned", "bf16")}
     steps: dict[str, Callable[[], None]] = {name: _predict(split, model_of("ours"), p) for name, p in ours.items()}
     for kind in ("HF funnel", "BERT"):
         for length, word in ((128, "padded to 128"), (0, "dynamic padding")):
@@ -209,7 +211,7 @@ def _predict(split: EncodedSplit, built: Any, name: str) -> Callable[[], None]:
 
     def run() -> None:
         built.model.eval()
-        with torch.inference_mode(), precision(name, "cpu"), freed_memory(kept=True):
+        with torch.inference_mode(), precision(name, "cpu"):
             for batch in eval_loader(split, collator, 32):
                 built.logits(batch["inputs"], batch["input_mask"])
 
