@@ -14,7 +14,17 @@ SOURCE = Path(__file__).resolve().parents[1] / "pytorch"
 # A module may import from its own floor and from those below. "data.*" is every module of a folder; the modules of
 # `funnel` stand on two floors and are named one by one.
 FLOORS = (
-    ("errors", "files", "funnel", "funnel.config", "funnel.ops", "funnel.attention", "funnel.heads", "funnel.model"),
+    (
+        "errors",
+        "files",
+        "funnel",
+        "funnel.config",
+        "funnel.ops",
+        "funnel.chunked",
+        "funnel.attention",
+        "funnel.heads",
+        "funnel.model",
+    ),
     (
         "funnel.checkpoints",
         "funnel.convert",

@@ -79,7 +79,7 @@ def sacrebleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -
     from sacrebleu import corpus_bleu
 
     most = max(map(len, references))
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    streams: Any = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
     return float(corpus_bleu(list(predictions), streams).score)
 
 

@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funneltfm.data.batching import Collator, RunLoader, epoch_batches, eval_loader
+from funneltfm.data.batching import (
+    Collator,
+    RunLoader,
+    StepSampler,
+    TokenBudget,
+    epoch_batches,
+    eval_batches,
+    eval_loader,
+)
 from funneltfm.data.encoding import EncodedSplit
 from funneltfm.errors import InputError
 from funneltfm.funnel.config import ModelConfig, canonical_length
@@ -394,3 +402,54 @@ def test_eval_loaders_of_all_ranks_cover_everything(n: int, batch_size: int, ran
     assert {str(batch) for share in shares for batch in share} == {str(batch) for batch in alone}
     count = Counter(str(batch) for share in shares for batch in share)
     assert sum(count.values()) - len(alone) < ranks  # no rank takes more than one batch in vain
+
+
+# ---- batches by tokens
+
+
+def budget(max_tokens: int = 200) -> TokenBudget:
+    return TokenBudget(max_tokens, Collator(CONFIG).padded_length)
+
+
+@pytest.mark.parametrize(("accumulate", "ranks"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_token_batches_are_within_the_budget_and_hold_each_example_once(accumulate: int, ranks: int) -> None:
+    lengths = lengths_of(500)
+    dealt = []
+    for rank in range(ranks):
+        sampler = StepSampler(lengths, budget(), 3, accumulate, rank, ranks)
+        batches = list(sampler.epoch(1))
+        assert len(batches) == sampler.per_epoch == sampler.steps_per_epoch * accumulate
+        for indices, weight in batches:
+            assert len(indices) * Collator(CONFIG).padded_length(int(lengths[indices].max())) <= 200
+            dealt += indices if weight else []
+    assert sorted(dealt) == list(range(500))
+
+
+def test_token_batches_are_full_and_equally_many_in_every_epoch() -> None:
+    lengths = lengths_of(2000)
+    sampler = StepSampler(lengths, budget(400), 3)
+    epochs = [[indices for indices, _ in sampler.epoch(number)] for number in range(4)]
+    assert {len(epoch) for epoch in epochs} == {sampler.steps_per_epoch}
+    tokens = [len(batch) * Collator(CONFIG).padded_length(int(lengths[batch].max())) for batch in epochs[0]]
+    assert np.mean(tokens) > 0.8 * 400
+    groups = [{frozenset(batch) for batch in epoch} for epoch in epochs[:2]]
+    assert len(groups[0] & groups[1]) < len(groups[0]) / 2
+    assert [indices for indices, _ in sampler.epoch(2)] == epochs[2]
+    longest = [lengths[batch].max() for batch in epochs[0]]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_by_tokens(ranks: int) -> None:
+    lengths = lengths_of(100)
+    dealt = [eval_batches(lengths, budget(), rank, ranks) for rank in range(ranks)]
+    assert sorted({i for own in dealt for batch in own for i in batch}) == list(range(100))
+    for own in dealt:
+        assert all(len(b) * Collator(CONFIG).padded_length(int(lengths[b].max())) <= 200 for b in own)
+
+
+def test_a_budget_that_holds_no_example() -> None:
+    with pytest.raises(InputError, match=r"max_tokens.*11.*10"):
+        budget(10).cut(np.array([5, 9]))
+    assert budget(11).cut(np.array([5, 9])) == [1]
+    assert budget(11).cut(np.array([], dtype=np.int64)) == []

@@ -1,5 +1,6 @@
 """The two forms of the position term agree with each other and with a slow reference."""
 
+import dataclasses
 import doctest
 
 import numpy as np
@@ -104,12 +105,12 @@ def case(model, q_pos, k_pos, with_segments, seed=0):
     k_seg[:, 0] = q_seg[:, 0] = config.seg_id_cls
     k_mask = torch.rand(2, k_pos.length, generator=generator) < 0.3
     k_mask[:, 0] = False
-    cls = config.seg_id_cls
-    same = (q_seg[:, :, None] == k_seg[:, None]) | (q_seg[:, :, None] == cls) | (k_seg[:, None] == cls)
     structure = AttentionStructure(
         pos_enc=ATTN_TYPES[config.attn_type].encode(q_pos, k_pos, config.d_model, KEEP, query),
         input_mask=k_mask,
-        same_segment=same if with_segments else None,
+        q_seg=q_seg if with_segments else None,
+        k_seg=k_seg if with_segments else None,
+        seg_id_cls=config.seg_id_cls,
         func_mask=config.separate_cls,
     )
     return query, key, q_seg, k_seg, k_mask, structure
@@ -177,7 +178,7 @@ def test_masked_keys_count_for_nothing_and_all_masked_is_finite(tiny, build, bac
     mask[0, 5:] = True
     mask[1] = True
     pos_enc = tuple(tensor.to(dtype) for tensor in structure.pos_enc)
-    structure = AttentionStructure(pos_enc, mask, structure.same_segment, True)
+    structure = dataclasses.replace(structure, pos_enc=pos_enc, input_mask=mask, func_mask=True)
     layer = model.attn_layers[LAYER]
     with sdpa_kernel(backend):
         out = layer(query, key, key, structure)

@@ -100,3 +100,15 @@ def test_every_level_of_precision_may_be_asked_for() -> None:
 def test_fp16_and_bf16_exclude_each_other() -> None:
     with pytest.raises(InputError, match="fp16 and bf16 exclude each other"):
         make_args(fp16=True, bf16=True)
+
+
+@pytest.mark.parametrize("name", ["train_bsz", "valid_bsz", "test_bsz"])
+def test_max_tokens_is_in_place_of_counts(name: str) -> None:
+    with pytest.raises(InputError, match=f"leave out {name}"):
+        make_args(**{"max_tokens": 100, name: 4})
+    assert make_args(max_tokens=100).max_tokens == 100
+
+
+def test_attention_in_chunks_is_for_rel_shift() -> None:
+    with pytest.raises(InputError, match="attention_path chunked"):
+        make_args(attention_path="chunked", attn_type="factorized")

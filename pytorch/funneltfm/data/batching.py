@@ -4,7 +4,7 @@ makes padding masks.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +78,38 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+class TokenBudget(NamedTuple):
+    """Batches by tokens: as many examples of similar length as fit into `max_tokens`, padding included."""
+
+    max_tokens: int
+    padded_length: Callable[[int], int]
+    """Longest example -> how far a batch is padded."""
+
+    def cut(self, lengths: np.ndarray, parts: int = 1) -> list[int]:
+        """Where ascending lengths are cut, so that each piece makes `parts` batches within the budget."""
+        if len(lengths) and (longest := self.padded_length(int(lengths[-1]))) > self.max_tokens:
+            raise InputError(
+                f"max_tokens must hold the longest example, which is padded to {longest} tokens; got {self.max_tokens}."
+            )
+        cuts, start = [], 0
+        rows = {int(n): parts * (self.max_tokens // self.padded_length(int(n))) for n in np.unique(lengths)}
+        for i, n in enumerate(lengths.tolist()):
+            if i - start >= rows[n]:
+                cuts.append(i)
+                start = i
+        return cuts
+
+
+def token_batches(lengths: np.ndarray, budget: TokenBudget, seed: int, epoch: int, parts: int = 1) -> list[np.ndarray]:
+    """The batches of one epoch as `epoch_batches` makes them, but by tokens, and equally many in every epoch: examples
+    of the same length change places, and the batches come in random order.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = np.lexsort((rng.random(len(lengths)), lengths))
+    batches = np.split(order, budget.cut(lengths[order], parts))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
 class StepSampler:
     """The batches of every epoch, (example indices, weight) of this rank, a function of (seed, epoch) alone.
 
@@ -86,14 +118,15 @@ class StepSampler:
     the step's examples, also where the last step of an epoch cannot be dealt evenly. A batch that gets no example has
     one of weight 0, so that every rank takes part in every step.
 
-    by_length: similar lengths together. draw: the indices of an epoch's examples, which may come more than once or
-    not at all, always equally many; without it each comes once.
+    batch_size: examples in a batch, or the tokens that it may have. by_length: similar lengths together. draw: the
+    indices of an epoch's examples, which may come more than once or not at all, always equally many; without it each
+    comes once.
     """
 
     def __init__(
         self,
         lengths: np.ndarray,
-        batch_size: int,
+        batch_size: int | TokenBudget,
         seed: int,
         accumulate: int = 1,
         rank: int = 0,
@@ -104,18 +137,24 @@ class StepSampler:
     ):
         self.lengths, self.seed, self.by_length, self.draw = lengths, seed, by_length, draw
         self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
-        self.step_size = batch_size * ranks * accumulate
-        self.steps_per_epoch = -(-len(lengths if draw is None else draw(0)) // self.step_size)
+        self.batch_size = batch_size
+        self.steps_per_epoch = len(self._steps(lengths if draw is None else lengths[draw(0)], 0))
         self.per_epoch = self.steps_per_epoch * accumulate
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[list[int], float]]:
         """The batches of an epoch from number `start` on."""
         chosen = None if self.draw is None else self.draw(epoch)
-        lengths = self.lengths if chosen is None else self.lengths[chosen]
-        steps = epoch_batches(lengths if self.by_length else np.ones_like(lengths), self.step_size, self.seed, epoch)
+        steps = self._steps(self.lengths if chosen is None else self.lengths[chosen], epoch)
         for number in range(start, self.per_epoch):
             step = steps[number // self.accumulate]
             yield self._share(step if chosen is None else chosen[step], number % self.accumulate)
+
+    def _steps(self, lengths: np.ndarray, epoch: int) -> list[np.ndarray]:
+        parts = self.ranks * self.accumulate
+        if isinstance(self.batch_size, TokenBudget):
+            return token_batches(lengths, self.batch_size, self.seed, epoch, parts)
+        lengths = lengths if self.by_length else np.ones_like(lengths)
+        return epoch_batches(lengths, self.batch_size * parts, self.seed, epoch)
 
     def _share(self, step: np.ndarray, turn: int) -> tuple[list[int], float]:
         parts = self.ranks * self.accumulate
@@ -172,7 +211,7 @@ class RunLoader(DataLoader):
         self,
         split: EncodedSplit,
         collator: Collator,
-        batch_size: int,
+        batch_size: int | TokenBudget,
         epochs: int,
         seed: int,
         accumulate: int = 1,
@@ -220,19 +259,23 @@ class RunLoader(DataLoader):
         self.taken = state["taken"]
 
 
-def eval_batches(lengths: np.ndarray, batch_size: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+def eval_batches(lengths: np.ndarray, batch_size: int | TokenBudget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
     """Every example once, sorted by length. The batches are the same whatever the number of ranks, and are dealt to
     them in turn; a rank that would have fewer takes its last one (or the first of all) twice, so that all take equally
     many.
     """
     order = np.argsort(lengths, kind="stable")
-    batches = [part.tolist() for part in np.split(order, range(batch_size, len(order), batch_size))]
+    if isinstance(batch_size, TokenBudget):
+        cuts = batch_size.cut(lengths[order])
+    else:
+        cuts = list(range(batch_size, len(order), batch_size))
+    batches = [part.tolist() for part in np.split(order, cuts)]
     own = batches[rank::ranks] or batches[:1]
     return own + own[-1:] * (-(-len(batches) // ranks) - len(own))
 
 
 def eval_loader(
-    split: EncodedSplit, collator: Collator, batch_size: int, rank: int = 0, ranks: int = 1, **kwargs: Any
+    split: EncodedSplit, collator: Collator, batch_size: int | TokenBudget, rank: int = 0, ranks: int = 1, **kwargs: Any
 ) -> DataLoader:
     """Every example once, in the batches of `eval_batches`."""
     own = eval_batches(split.lengths, batch_size, rank, ranks)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from funneltfm.errors import InputError
-from funneltfm.funnel.attention import ATTN_TYPES, AttentionStructure, Positions, RelMultiheadAttention
+from funneltfm.funnel.attention import ATTN_TYPES, AttentionPath, AttentionStructure, Positions, RelMultiheadAttention
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.heads import SummaryHead
 from funneltfm.funnel.ops import (
@@ -88,6 +88,8 @@ class FunnelTFM(nn.Module):
         self.net_config = config
         # In training, compute each layer again going backward, to save memory.
         self.gradient_checkpointing = False
+        # How attention is computed: "auto", "plain" or "chunked". The numbers are the same.
+        self.attention_path: AttentionPath = "auto"
 
         self.input_layer = nn.Sequential(
             EmbeddingLookup(config.vocab_size, config.d_embed),
@@ -150,22 +152,17 @@ class FunnelTFM(nn.Module):
                 f"got {cls_target.dtype}. Numbers to predict need num_class 1."
             )
 
-    def _same_segment(self, q_seg: Tensor | None, k_seg: Tensor | None) -> Tensor | None:
-        """(B, Tq), (B, Tk) -> (B, Tq, Tk), True where both are in one segment; [CLS] is in every segment."""
-        if q_seg is None or k_seg is None:
-            return None
-        cls = self.net_config.seg_id_cls
-        q, k = q_seg[:, :, None], k_seg[:, None, :]
-        return (q == k) | (q == cls) | (k == cls)
-
     def _structure(self, like: Tensor, query: Tokens, key: Tokens) -> AttentionStructure:
         config = self.net_config
         encode = ATTN_TYPES[config.attn_type].encode
         return AttentionStructure(
             pos_enc=encode(query.pos, key.pos, config.d_model, self.pos_dropout, like),
             input_mask=key.input_mask,
-            same_segment=self._same_segment(query.seg_id, key.seg_id),
+            q_seg=query.seg_id,
+            k_seg=key.seg_id,
+            seg_id_cls=config.seg_id_cls,
             func_mask=config.separate_cls or config.func_mask == "always",
+            path=self.attention_path,
         )
 
     # ---- the funnel

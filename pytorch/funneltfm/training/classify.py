@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 
-from funneltfm.data.batching import Collator, RunLoader, eval_loader
+from funneltfm.data.batching import Collator, RunLoader, TokenBudget, eval_loader
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import atomic_path, write_json, write_text
 from funneltfm.funnel.checkpoints import save_checkpoint
@@ -46,6 +46,7 @@ from funneltfm.training.setup import (
     with_absolute_paths,
     with_run_flags,
 )
+from funneltfm.training.speed import choose_matmul_precision, keep_freed_memory, matmul_precision
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,13 @@ def run(args: Args) -> dict[str, Any]:
     if place is None and args.distributed_world_size > 1:
         return _launch(args)
     with ranks.joined(place, backend(args)), log_ranks(args.log_all_processes):
-        return _run(args)
+        devices = ranks.main_first(lambda: choose_devices(args))
+        choose = functools.partial(choose_matmul_precision, args.matmul_precision, devices.accelerator)
+        args.matmul_precision = ranks.main_decides(choose)
+        if devices.accelerator == "cpu":
+            keep_freed_memory()
+        with matmul_precision(args.matmul_precision):
+            return _run(args, devices)
 
 
 def _launch(args: Args) -> dict[str, Any]:
@@ -87,9 +94,8 @@ def _on_ray(flags: dict[str, Any]) -> None:
     run(make_args(**flags))
 
 
-def _run(args: Args) -> dict[str, Any]:
+def _run(args: Args, devices: Devices) -> dict[str, Any]:
     data = ranks.main_first(lambda: load_data(args))
-    devices = ranks.main_first(lambda: choose_devices(args))
     find = functools.partial(find_run, args.model_dir, data.task.spec.name, goes_on(args), args.overwrite)
     run_dir = ranks.main_decides(find)
     resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable)) if args.resume else None
@@ -99,6 +105,7 @@ def _run(args: Args) -> dict[str, Any]:
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     model.gradient_checkpointing = args.gradient_checkpointing
+    model.attention_path = args.attention_path
     warn_of_diverging(args, model.net_config)
     if ranks.is_main():
         if args.resume:
@@ -194,6 +201,10 @@ def _collator(args: Args, model: FunnelTFM) -> Collator:
     return Collator(model.net_config, args.pad_to, args.max_length, args.seg_id_pad)
 
 
+def _batches(args: Args, collator: Collator, batch_size: int) -> int | TokenBudget:
+    return TokenBudget(args.max_tokens, collator.padded_length) if args.max_tokens else batch_size
+
+
 def _train(
     args: Args, data: Data, model: FunnelTFM, run_dir: RunDir, devices: Devices, resume_from: Path | None
 ) -> History:
@@ -207,8 +218,9 @@ def _train(
     own: Any = {"rank": ranks.rank(), "ranks": ranks.size(), "num_workers": args.num_workers}
     train = data.splits["train"]
     accumulate = args.accumulate_grad_batches
-    train_loader = RunLoader(train, collator, args.train_bsz, args.epochs, args.seed, accumulate, **own)
-    valid_loaders = [eval_loader(data.splits[split], collator, args.valid_bsz, **own) for split in data.valid]
+    train_bsz, valid_bsz = (_batches(args, collator, size) for size in (args.train_bsz, args.valid_bsz))
+    train_loader = RunLoader(train, collator, train_bsz, args.epochs, args.seed, accumulate, **own)
+    valid_loaders = [eval_loader(data.splits[split], collator, valid_bsz, **own) for split in data.valid]
     total, per_epoch = train_loader.steps, train_loader.steps_per_epoch
     main = f"{data.valid[0]}/{data.task.main_metric}"
 
@@ -279,7 +291,8 @@ def predict(model: FunnelTFM, data: Data, split: str, args: Args, devices: Devic
     """Logits (N, C) of every example of a split, in its order; in every process those of all."""
     batch_size = args.test_bsz if split.startswith("test") else args.valid_bsz
     own: Any = {"rank": ranks.rank(), "ranks": ranks.size(), "num_workers": args.num_workers}
-    loader = eval_loader(data.splits[split], _collator(args, model), batch_size, **own)
+    collator = _collator(args, model)
+    loader = eval_loader(data.splits[split], collator, _batches(args, collator, batch_size), **own)
     pipeline = Pipeline(model, data.task, args, 0, ())
     try:
         make_trainer(args, devices, enable_checkpointing=False).test(pipeline, loader, verbose=False)

@@ -99,6 +99,10 @@ class TrainFlags:
     """Passes over the training data."""
     train_bsz: int = 16
     """Batch size in training, per device."""
+    max_tokens: int = 0
+    """Batches of as many examples of similar length as fit into so many tokens, padding included, in place of
+    train_bsz, valid_bsz and test_bsz; 0 counts examples.
+    """
     accumulate_grad_batches: int = 1
     """Batches whose gradients make one step: a step learns from train_bsz * devices * this many examples."""
     gradient_checkpointing: bool = False
@@ -151,6 +155,14 @@ class DeviceFlags:
     """Train in fp16, in the way that amp_opt says."""
     bf16: bool = False
     """Train in bf16, in the way that amp_opt says: the range of fp32, so no loss scaling, and fewer digits."""
+    matmul_precision: Literal["highest", "high", "medium", "auto"] = "highest"
+    """Of products of fp32 matrices, in torch's words. On many CPUs medium is another library, as exact and up to twice
+    as fast; elsewhere it is less exact. auto measures both on this machine and takes medium only where it is exact.
+    """
+    attention_path: Literal["auto", "plain", "chunked"] = "auto"
+    """How attention is computed, with the same numbers: plain in one call, chunked in pieces that stay in the cache of
+    a CPU. auto is chunked on a CPU.
+    """
     amp_opt: Literal["O0", "O1", "O2", "O3"] = "O2"
     """With fp16 or bf16: O0 is fp32, O1 fp32 weights and autocast, O2 half weights with norms and master weights in
     fp32, O3 all half. O1 and O2 scale the loss of fp16 dynamically.
@@ -193,7 +205,18 @@ GROUPS: tuple[Group, ...] = (
 
 _POSITIVE = ("lr", "epochs", "train_bsz", "accumulate_grad_batches", "valid_bsz", "test_bsz", "n_valid", "n_log_epoch")
 _NOT_NEGATIVE = (
-    *("min_lr", "weight_decay", "clip", "seed", "num_workers", "seg_id_a", "seg_id_b", "seg_id_pad", "save_steps"),
+    *(
+        "max_tokens",
+        "min_lr",
+        "weight_decay",
+        "clip",
+        "seed",
+        "num_workers",
+        "seg_id_a",
+        "seg_id_b",
+        "seg_id_pad",
+        "save_steps",
+    ),
     *("distributed_world_size", "distributed_rank"),
 )
 
@@ -305,6 +328,10 @@ def _check(args: Args) -> None:
         raise InputError(f"device_id must be the number of a GPU, or -1 for the CPU; got {args.device_id}.")
     if not 0 < args.distributed_port < 2**16:
         raise InputError(f"distributed_port must be between 1 and 65535; got {args.distributed_port}.")
+    if args.max_tokens and (twice := sorted({"train_bsz", "valid_bsz", "test_bsz"} & args.given)):
+        raise InputError(f"max_tokens decides how large batches are; leave out {twice[0]}, or max_tokens.")
+    if args.attention_path == "chunked" and args.attn_type != "rel_shift":
+        raise InputError(f"attention_path chunked is for attn_type rel_shift; got {args.attn_type}.")
     if args.fp16 and args.bf16:
         raise InputError("fp16 and bf16 exclude each other; give one.")
     if args.strategy == "fsdp":

@@ -1,0 +1,1 @@
+"""What `benchmarks/run.py` measures with: contenders, clocks, FLOPs, cases, reports."""

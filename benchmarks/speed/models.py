@@ -1,0 +1,94 @@
+"""The cases that run models on random batches: funnel_forward, funnel_train_step, scaling."""
+
+import argparse
+import gc
+from typing import Any
+
+from .contenders import build, contender, step_of
+from .measure import best_matmul, in_own_process, peak_of, take_turns
+
+REFERENCE = "HF funnel fp32"  # whose time over a contender's is its speedup
+_CONTENDERS = [
+    *("ours fp32", "ours fp32-medium", "ours fp32-tuned", "ours bf16", "ours plain fp32-medium"),
+    *("HF funnel fp32", "HF funnel fp32-medium", "BERT fp32", "BERT fp32-medium", "ModernBERT fp32"),
+    "torch encoder fp32",
+]
+_MOST_SCORES = 4 << 30  # bytes of scores of one layer; what makes them and needs more is left out
+
+
+def _prepare(flags: argparse.Namespace, mode: str, sizes: list[str], contenders: list[str]) -> None:
+    flags.mode = mode
+    flags.sizes = flags.sizes or sizes
+    flags.contenders = flags.contenders or contenders
+    flags.longest = max(shape_of(size)[1] for size in flags.sizes)
+
+
+def prepare_forward(flags: argparse.Namespace) -> None:
+    _prepare(flags, "forward", ["8x128", "2x512", "1x2048"], _CONTENDERS)
+
+
+def prepare_train_step(flags: argparse.Namespace) -> None:
+    _prepare(flags, "train", ["8x128", "2x512", "1x2048"], _CONTENDERS)
+
+
+def prepare_scaling(flags: argparse.Namespace) -> None:
+    few = ["ours fp32-tuned", "ours plain fp32-medium", "HF funnel fp32", "BERT fp32", "torch encoder fp32"]
+    _prepare(flags, "forward", [f"1x{2**i}" for i in range(6, 14)], few)
+
+
+def shape_of(size: str) -> tuple[int, int]:
+    batch, tokens = size.split("x")
+    return int(batch), int(tokens)
+
+
+def too_large(name: str, size: str, flags: argparse.Namespace) -> bool:
+    """Whether `name` makes a tensor of all scores of a layer that is too much for a common machine."""
+    batch, tokens = shape_of(size)
+    makes_scores = any(kind in name for kind in ("HF funnel", "factorized", "plain"))
+    return makes_scores and 4 * batch * (flags.width // 64) * 2 * tokens**2 > _MOST_SCORES
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+    whos = [contender(name) for name in flags.contenders]
+    built = {who.kind: build(who.kind, flags) for who in whos}
+    before = best_matmul(flags.device)
+    rows: list[dict[str, Any]] = []
+    for size in flags.sizes:
+        names = [str(who) for who in whos if not too_large(str(who), size, flags)]
+        steps = {
+            str(who): step_of(built[who.kind], who, shape_of(size), flags.mode, flags)
+            for who in whos
+            if str(who) in names
+        }
+        for name, times in take_turns(steps, flags.reps, flags.seconds).items():
+            flops = built[contender(name).kind].flops(*shape_of(size), training=flags.mode == "train")
+            rows.append({"size": size, "tokens": shape_of(size)[1], "contender": name, "gflop": flops / 1e9, **times})
+        del steps
+        gc.collect()
+    after = best_matmul(flags.device)
+    best = {name: {clock: max(before[name][clock], after[name][clock]) for clock in before[name]} for name in before}
+    del built
+    if not flags.no_memory:
+        peaks = {name: in_own_process([name], flags) for name in flags.contenders}
+        for row in rows:
+            row |= peaks[row["contender"]][row["size"]]
+    for row in rows:
+        rate = best[contender(row["contender"]).precision]
+        row["of_best"] = 1e9 * row["gflop"] / row["cpu_s"] / rate["cpu"]
+        row["of_best_wall"] = 1e9 * row["gflop"] / row["wall_s"] / rate["wall"]
+        row["spread"] = (row["cpu_quartiles"][1] - row["cpu_quartiles"][0]) / row["cpu_s"]
+        other = next((r for r in rows if r["size"] == row["size"] and r["contender"] == REFERENCE), None)
+        row["speedup"] = other["cpu_s"] / row["cpu_s"] if other else None
+        row["speedup_wall"] = other["wall_s"] / row["wall_s"] if other else None
+    return {"best_matmul_flop_per_s": best, "rows": rows}
+
+
+def child(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Peak memory of one contender at every size, from the smallest on, its weights' gradients there already."""
+    who = contender(flags.child[0])
+    built = build(who.kind, flags)
+    peaks = {}
+    for size in sorted(flags.sizes, key=lambda size: (shape_of(size)[1], shape_of(size)[0])):
+        if not too_large(str(who), size, flags):
+            peaks[size] = peak_of(step_of(built, who, shape_of(size), flags.mode, flags), flags.device)
+    return peaks
