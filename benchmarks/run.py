@@ -31,6 +31,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--reps", type=int, default=7, help="rounds in which each takes its turn")
     parser.add_argument("--seconds", type=float, default=40, help="no new round of a size after these, from the third")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--profile", action="store_true", help="print where the time of model cases goes, no more")
     parser.add_argument("--width", type=int, default=768, help="d_model; heads of 64, d_inner 4 times as wide")
     parser.add_argument("--blocks", default="4_4_4", help="block_size of the Funnels; others have as many layers")
     parser.add_argument("--vocab_size", type=int, default=30522)
@@ -55,6 +56,11 @@ def main() -> None:
     case.prepare(flags)
     if flags.child is not None:
         print(json.dumps(case.child(flags)))
+        return
+    if flags.profile:
+        if case.profile is None:
+            sys.exit(f"--profile is for {', '.join(name for name, case in cases.CASES.items() if case.profile)}.")
+        case.profile(flags)
         return
     result: dict[str, Any] = case.measure(flags)
     path = report.path_of(flags.name, flags)

@@ -20,6 +20,8 @@ class Case:
     """Of the printed table: key of a row -> format."""
     panels: dict[str, str]
     """Of the plot: key of a row -> label."""
+    profile: Callable[[argparse.Namespace], None] | None = None
+    """Prints where the time goes."""
     over: str | None = None
     """The key of a row that the plot's lines run over."""
 
@@ -40,14 +42,14 @@ _MODEL_PANELS = {"cpu_s": "CPU seconds", "wall_s": "seconds", "peak_mib": "peak 
 
 CASES = {
     "funnel_forward": Case(
-        models.prepare_forward, models.measure, models.child, _MODEL_COLUMNS, _MODEL_PANELS
+        models.prepare_forward, models.measure, models.child, _MODEL_COLUMNS, _MODEL_PANELS, models.profile
     ),
     "funnel_train_step": Case(
-        models.prepare_train_step, models.measure, models.child, _MODEL_COLUMNS, _MODEL_PANELS
+        models.prepare_train_step, models.measure, models.child, _MODEL_COLUMNS, _MODEL_PANELS, models.profile
     ),
     "scaling": Case(
         models.prepare_scaling, models.measure, models.child, _MODEL_COLUMNS,
-        {"cpu_s": "CPU seconds", "peak_mib": "peak MiB above the weights"}, over="tokens",
+        {"cpu_s": "CPU seconds", "peak_mib": "peak MiB above the weights"}, models.profile, over="tokens",
     ),
     "finetune_epoch": Case(
         texts.prepare, texts.finetune_epoch, alone, _RATE_COLUMNS | {"epoch_s": ".0f"},

@@ -2,7 +2,10 @@
 
 import argparse
 import gc
+import sys
 from typing import Any
+
+import torch
 
 from .contenders import build, contender, step_of
 from .measure import best_matmul, in_own_process, peak_of, take_turns
@@ -61,6 +64,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             if str(who) in names
         }
         for name, times in take_turns(steps, flags.reps, flags.seconds).items():
+            print(f"{size}  {name}: {times['cpu_s']:.3f} CPU s", file=sys.stderr, flush=True)
             flops = built[contender(name).kind].flops(*shape_of(size), training=flags.mode == "train")
             rows.append({"size": size, "tokens": shape_of(size)[1], "contender": name, "gflop": flops / 1e9, **times})
         del steps
@@ -81,6 +85,18 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
         row["speedup"] = other["cpu_s"] / row["cpu_s"] if other else None
         row["speedup_wall"] = other["wall_s"] / row["wall_s"] if other else None
     return {"best_matmul_flop_per_s": best, "rows": rows}
+
+
+def profile(flags: argparse.Namespace) -> None:
+    """Print in which of torch's operators each contender spends its CPU time, in its second step of each size."""
+    for size in flags.sizes:
+        for who in map(contender, flags.contenders):
+            step = step_of(build(who.kind, flags), who, shape_of(size), flags.mode, flags)
+            step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+                step()
+            print(f"{size}  {who}")
+            print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
 
 
 def child(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
