@@ -154,3 +154,18 @@ def test_a_stream_of_text_files_is_of_documents(tmp_path):
         str(path), lines, prepare, make, batch_size=3, seed=0, length=10, buffer=4, documents=True
     ), 10)]  # fmt: skip
     assert Counter(n for batch in seen for n in batch) == Counter(range(30))
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_groups_without_examples_are_passed_over(source, small_groups, documents):
+    def first_ones(rows: list[dict]) -> Features:
+        return Features.of([{"row": i, "input_ids": [row["n"]]} for i, row in enumerate(rows) if row["n"] < 3])
+
+    def loader_of(encode) -> StreamLoader:
+        return StreamLoader(
+            source, encode, prepare, make, batch_size=1, seed=1, length=9, buffer=0, documents=documents
+        )  # fmt: skip
+
+    assert Counter(rows(islice(loader_of(first_ones), 9))) == Counter({0: 3, 1: 3, 2: 3})
+    with pytest.raises(InputError, match="no row makes an example"):
+        next(iter(loader_of(lambda rows: Features.of([]))))

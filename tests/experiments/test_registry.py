@@ -1,12 +1,14 @@
 """Experiments by name: what extends what, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from funneltfm.errors import InputError
+from funneltfm.experiments.glue import task_flags
 from funneltfm.experiments.registry import STAGE_KEYS, Experiments, merge
-from funneltfm.experiments.runner import RESERVED
+from funneltfm.experiments.runner import RESERVED, Runner, Settings
 from funneltfm.training.train_config import make_train_args
 
 
@@ -56,6 +58,21 @@ def test_the_four_rows_have_the_hyper_parameters_of_the_original() -> None:
         assert {key: flags.get(key) for key in expected} == expected
         assert ("sparsity" in flags) == (name in rows[2:])
         assert experiment.original["loss"] == losses[name]
+
+
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    found = experiments(tmp_path, "\n".join(blocks))
+    for name in ("mine", "glue-mine", "search-mine"):
+        for flags in found.get(name).stages.values():
+            make_train_args(**{key: value for key, value in flags.items() if key not in STAGE_KEYS})
+    made = Runner(found, Settings(dry_run=True))
+    assert set(task_flags(made, found.get("glue-mine"))) == {"cola", "rte", "stsb"}
+    made.run(["mine", "glue-mine", "search-mine"])
+    for name in re.findall(r"`((?:tiny|mini|small|bert|sparse|glue|search)[a-z0-9_*-]*)`", text.partition("## Writing")[2]):
+        assert name in ("glue", "search", "small_bert") or found.select([name]), name
 
 
 # ---- extending

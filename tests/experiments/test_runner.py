@@ -107,7 +107,7 @@ def test_one_that_fails_does_not_keep_the_others_from_running(runner: Any, fake:
 def test_what_is_missing_is_said_with_where_to_get_it(runner: Any, fake: FakeTrain, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"needs the model of tiny, .*--distill_from"):
         runner().run(["tiny_sparse"])
-    with pytest.raises(InputError, match=r"tiny_sparse needs .*none/train.jsonl, which is not there. Make it with the"):
+    with pytest.raises(InputError, match=r"tiny_sparse needs .*none/vocab.txt, which is not there. Make it with the"):
         runner(data_dir=str(tmp_path / "none"), dry_run=False).run(["tiny_sparse"])
     with pytest.raises(InputError, match=r"wiki_books/train.jsonl, which is not there. It is English Wikipedia"):
         runner().run(["bert_1mi"])

@@ -49,8 +49,12 @@ class _Stream(IterableDataset):
         worker = ((0 if info is None else info.id) + self.first) % self.workers
         epoch, taken, used = self.positions[worker]
         batch: list[Example] = []
+        some_in = epoch  # the last pass that had an example
         for rows, after in self._groups(epoch, taken, worker):
             features, first = self.encode(rows), self._first(after, worker)
+            some_in = after[0] if len(features) else some_in
+            if after[0] > some_in + 1:
+                raise InputError(f"{self.source}: no row makes an example.")
             order = np.arange(len(features))
             if self.documents:
                 order = np.random.default_rng([self.seed, 4, after[0], first]).permutation(order)

@@ -247,8 +247,12 @@ def make_tasks(pipeline: str, args: Any) -> list[Task]:
 # ---- all tasks of a pipeline together
 
 
-def encode_rows(tasks: Sequence[Task], rows: Sequence[Row], text: TextEncoder, where: str) -> Features:
-    """Examples that all tasks of a pipeline share. Tasks with labels must read the same texts."""
+def encode_rows(
+    tasks: Sequence[Task], rows: Sequence[Row], text: TextEncoder, where: str, may_be_none: bool = False
+) -> Features:
+    """Examples that all tasks of a pipeline share. Tasks with labels must read the same texts. may_be_none: whether it
+    is no error that there is no example.
+    """
     if not len(rows):
         raise InputError(f"{where} has no rows.")
     leads = [task for task in tasks if not task.corrupts] or list(tasks)
@@ -264,7 +268,7 @@ def encode_rows(tasks: Sequence[Task], rows: Sequence[Row], text: TextEncoder, w
                 f"the same columns."
             )
         examples = [a | b for a, b in zip(examples, more, strict=True)]
-    if not examples:
+    if not examples and not may_be_none:
         raise InputError(f"{where}: no row makes an example.")
     return Features.of(examples)
 

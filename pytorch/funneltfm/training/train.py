@@ -470,7 +470,7 @@ def _stream_loader(
     source = args.train_dataset[0]
     loader = StreamLoader(
         source,
-        functools.partial(encode_rows, module.tasks, text=text, where=f"{source}, a batch of the stream"),
+        functools.partial(encode_rows, module.tasks, text=text, where=f"{source}, in the stream", may_be_none=True),
         Prepare(module.tasks, text, args.seed),
         _collate(args, module, text, module.teachers),
         args.batch_size,
