@@ -24,7 +24,8 @@ def take_turns(
     steps: dict[str, Callable[[], Any]], reps: int, seconds: float = 1e9, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Every step once in each round, after warm-up rounds that do not count, so that what disturbs the machine disturbs
-    all. It stops after `reps` rounds, or after `seconds`, but not before the third round.
+    all. A step that returns (wall, CPU) seconds has taken its own time. It stops after `reps` rounds, or after
+    `seconds`, but not before the third round.
 
     Returns for each step the medians and quartiles of its seconds, of the wall clock and of this process's CPUs.
     """
@@ -36,12 +37,32 @@ def take_turns(
         for name, step in steps.items():
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            own = step()
+            wall, cpu = own or (time.perf_counter() - wall, time.process_time() - cpu)
             if turn >= warmup:
                 taken[name]["wall"].append(wall)
                 taken[name]["cpu"].append(cpu)
     return {name: summary(times) for name, times in taken.items()}
+
+
+class AfterFirstStep:
+    """Seconds from the first optimizer step on, in which the optimizer and the allocator get their memory, stretched to
+    the whole of an epoch's sentences.
+    """
+
+    def __init__(self, sentences: int):
+        self.sentences = sentences
+        self.start: tuple[int, float, float] | None = None
+
+    def step_done(self, sentences: int) -> None:
+        if self.start is None:
+            self.start = sentences, time.perf_counter(), time.process_time()
+
+    def seconds(self) -> tuple[float, float]:
+        assert self.start is not None
+        first, wall, cpu = self.start
+        stretch = self.sentences / (self.sentences - first)
+        return (time.perf_counter() - wall) * stretch, (time.process_time() - cpu) * stretch
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, Any]:

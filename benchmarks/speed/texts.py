@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
 
@@ -25,7 +26,7 @@ from funneltfm.training.setup import choose_devices, make_trainer
 from funneltfm.training.speed import matmul_precision
 
 from .contenders import build, freed_memory, net_config, precision
-from .measure import take_turns
+from .measure import AfterFirstStep, take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -120,28 +121,39 @@ def rates(rows: list[dict[str, Any]], sentences: int, whole: int) -> list[dict[s
     return rows
 
 
-def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace) -> Callable[[], None]:
+def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace) -> Callable[[], tuple[float, float]]:
     """The engine of `funneltfm classify`, without validation and checkpoints, with what it does to be fast."""
     args = make_args(**given, device_id=-1 if flags.device == "cpu" else 0)
     built = build("ours", flags)
     task = Classification(DatasetSpec("epoch", ("0", "1"), ("accuracy",), {}, {}))
     collator = Collator(built.model.net_config)
 
-    def run() -> None:
+    def run() -> tuple[float, float]:
         batches = TokenBudget(args.max_tokens, collator.padded_length) if args.max_tokens else BATCH
         loader = RunLoader(split, collator, batches, epochs=1, seed=0)
+        clock = AfterFirstStep(len(split))
+
+        class Steps(lightning.Callback):
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+                clock.step_done(len(batch["index"]))
+
         with warnings.catch_warnings(), matmul_precision(args.matmul_precision), freed_memory(kept=True):
             warnings.simplefilter("ignore")  # advice on training, which this is not
             trainer = make_trainer(
-                args, choose_devices(args), max_epochs=1, gradient_clip_val=args.clip, enable_checkpointing=False
-            )
+                args, choose_devices(args), max_epochs=1, gradient_clip_val=args.clip, enable_checkpointing=False,
+                callbacks=[Steps()],
+            )  # fmt: skip
             trainer.fit(Pipeline(built.model, task, args, loader.steps, ()), loader)
+        seconds = clock.seconds()
         built.model.zero_grad()
+        return seconds
 
     return run
 
 
-def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Namespace) -> Callable[[], None]:
+def _trainer(
+    split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Namespace
+) -> Callable[[], tuple[float, float]]:
     """transformers' Trainer as it comes, on FunnelForSequenceClassification, without evaluation and checkpoints."""
     import transformers
 
@@ -167,12 +179,22 @@ def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Nam
         )
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
 
-    def run() -> None:
+    def run() -> tuple[float, float]:
+        clock = AfterFirstStep(len(split))
+
+        class Steps(transformers.TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                clock.step_done(BATCH)
+
         with freed_memory(kept=False):
-            trainer = transformers.Trainer(model, settings, data_collator=collate, train_dataset=examples)
+            trainer = transformers.Trainer(
+                model, settings, data_collator=collate, train_dataset=examples, callbacks=[Steps()]
+            )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
+        seconds = clock.seconds()
         model.zero_grad()
+        return seconds
 
     os.rmdir(folder)
     return run
