@@ -126,7 +126,7 @@ def test_long_texts_fill_the_encoder(tokenizers: dict[str, Any]) -> None:
     features = features_of(task, text, long)
     assert len(features[0]["input_ids"]) > 48
     assert len(Prepare([task], text, 0)(features[0], 0)["input_ids"]) == 48
-    packed = task_of(packing=True)
+    packed = task_of(packing=True, across_documents=True)
     blocks = features_of(packed, text, ROWS)
     seen = [len(Prepare([packed], text, 0)(blocks[i], 0)["input_ids"]) for i in range(len(blocks))]
     assert seen[:-1] == [48] * (len(seen) - 1)
