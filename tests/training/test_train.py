@@ -158,6 +158,12 @@ def test_without_checkpoints_the_last_model_stays(data, tmp_path):
         train(name="run", output_dir=str(tmp_path), resume=True)
 
 
+def test_a_run_shorter_than_an_epoch_is_validated_at_its_end(data, tmp_path):
+    results = train(**flags(data, tmp_path, max_epochs=None, max_steps=3, accumulate_grad_batches=2))
+    assert results["best_step"] == 3
+    assert Outputs(tmp_path, "run").resumable[1].is_file()
+
+
 # ---- resuming
 
 

@@ -213,7 +213,7 @@ class History(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
         self.train_seconds, self.examples = state["train_seconds"], state["examples"]
-        self.tokens = state["tokens"]
+        self.tokens = state.get("tokens", 0)
         self._losses, self._since = state["losses"], tuple(state["since"])
 
 

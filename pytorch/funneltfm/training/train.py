@@ -546,7 +546,7 @@ def _fit(
         max_time=args.max_time,
         limit_train_batches=args.limit_train_batches,
         limit_val_batches=_limit(args, "valid"),
-        val_check_interval=args.val_check_interval,
+        val_check_interval=_val_check_interval(args, per_epoch, total),
         check_val_every_n_epoch=args.check_val_every_n_epoch,
         num_sanity_val_steps=None if args.barebones else args.num_sanity_val_steps,
         log_every_n_steps=None if args.barebones else args.log_every_n_steps,
@@ -617,6 +617,13 @@ def _check_interval(args: Args, n_batches: int) -> None:
             f"--val_check_interval={every}, but an epoch has {n_batches} batches. Lower it, or give "
             f"--check_val_every_n_epoch none to count batches on through all epochs."
         )
+
+
+def _val_check_interval(args: Args, per_epoch: int, total: int | None) -> int | float | None:
+    """--val_check_interval; a run that ends within its first epoch is validated at its end."""
+    if args.val_check_interval is None and total is not None and total < per_epoch:
+        return total * args.accumulate_grad_batches
+    return args.val_check_interval
 
 
 def _limited(n_batches: int, limit: int | float | None) -> int:
