@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from funneltfm.errors import InputError
 from funneltfm.experiments.glue import task_flags
 from funneltfm.experiments.registry import STAGE_KEYS, Experiments, merge
 from funneltfm.experiments.runner import RESERVED, Runner, Settings
+from funneltfm.sparse import attach
+from funneltfm.training.sparse_run import sparsity_config
 from funneltfm.training.train_config import make_train_args
 
 
@@ -60,6 +64,28 @@ def test_the_four_rows_have_the_hyper_parameters_of_the_original() -> None:
         assert experiment.original["loss"] == losses[name]
 
 
+def test_what_is_sparse_is_what_was_sparse_there() -> None:
+    """All linear maps of the encoder and the word embeddings: 107.2 of 107.7 million weights, so 79.6 % are off."""
+    flags = SHIPPED.get("sparse_80_kd_onecycle_lr").stages["pretrain"]
+    args = make_train_args(**{key: value for key, value in flags.items() if key not in STAGE_KEYS})
+    small = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=12, num_attention_heads=2,
+                                    intermediate_size=32)  # fmt: skip
+    model = transformers.BertForMaskedLM(small)
+    attach(model, sparsity_config(args))
+    names = {name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")}
+    linear = {name for name, one in model.named_parameters() if ".encoder." in name and one.ndim == 2}
+    assert len(linear) == 72
+    assert names == linear | {"bert.embeddings.word_embeddings.weight"}
+    masks = dict(model.named_buffers())
+    assert all((masks[f"{name}_mask"].sum(1) == round(0.2 * masks[f"{name}_mask"].shape[1])).all() for name in names)
+    with torch.device("meta"):
+        base = transformers.BertModel(transformers.BertConfig(vocab_size=28996), add_pooling_layer=False)
+    total = sum(one.numel() for one in base.parameters())
+    sparse = sum(one.numel() for name, one in base.named_parameters() if f"bert.{name}" in names)
+    assert (round(total / 1e6, 1), round(sparse / 1e6, 1)) == (107.7, 107.2)
+    assert 0.8 * sparse / total == pytest.approx(0.796, abs=0.0006)
+
+
 def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
@@ -71,7 +97,9 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
     made = Runner(found, Settings(dry_run=True))
     assert set(task_flags(made, found.get("glue-mine"))) == {"cola", "rte", "stsb"}
     made.run(["mine", "glue-mine", "search-mine"])
-    for name in re.findall(r"`((?:tiny|mini|small|bert|sparse|glue|search)[a-z0-9_*-]*)`", text.partition("## Writing")[2]):
+    for name in re.findall(
+        r"`((?:tiny|mini|small|bert|sparse|glue|search)[a-z0-9_*-]*)`", text.partition("## Writing")[2]
+    ):
         assert name in ("glue", "search", "small_bert") or found.select([name]), name
 
 

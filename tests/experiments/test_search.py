@@ -162,6 +162,12 @@ def test_what_is_refused(runner: Any, tiny_yaml: Path, old: str, new: str, said:
         _read(made, made.experiments.get("tiny_search"))
 
 
+def test_tasks_that_are_none(runner: Any) -> None:
+    made = runner(tasks=("colla",))
+    with pytest.raises(InputError, match="no GLUE task 'colla'"):
+        search(made, made.experiments.get("tiny_search"))
+
+
 def test_the_searches_that_are_shipped_can_be_read() -> None:
     experiments = Experiments()
     made = Runner(experiments, Settings(dry_run=True))
