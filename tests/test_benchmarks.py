@@ -204,6 +204,7 @@ def test_funnel_flops_are_what_torch_counts(speed: Any, switches: dict[str, bool
         dropout=0.0, dropatt=0.0, **switches,
     )  # fmt: skip
     model = FunnelTFM(config).train(training)
+    model.attention_path = "plain"
     inputs = torch.randint(1, 50, (3, 33))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(training):
         _, ret = model(inputs, seg_id=torch.zeros_like(inputs), cls_target=torch.zeros(3, dtype=torch.long))

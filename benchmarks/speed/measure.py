@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,8 @@ def take_turns(
     steps: dict[str, Callable[[], Any]], reps: int, seconds: float = 1e9, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Every step once in each round, after warm-up rounds that do not count, so that what disturbs the machine disturbs
-    all. A step that returns (wall, CPU) seconds has taken its own time. It stops after `reps` rounds, or after
-    `seconds`, but not before the third round.
+    all. A step that returns `Seconds` has taken its own time. It stops after `reps` rounds, or after `seconds`, but not
+    before the third round.
 
     Returns for each step the medians and quartiles of its seconds, of the wall clock and of this process's CPUs.
     """
@@ -38,11 +38,18 @@ def take_turns(
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             own = step()
-            wall, cpu = own or (time.perf_counter() - wall, time.process_time() - cpu)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if isinstance(own, Seconds):
+                wall, cpu = own
             if turn >= warmup:
                 taken[name]["wall"].append(wall)
                 taken[name]["cpu"].append(cpu)
     return {name: summary(times) for name, times in taken.items()}
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float
 
 
 class AfterFirstStep:
@@ -58,11 +65,11 @@ class AfterFirstStep:
         if self.start is None:
             self.start = sentences, time.perf_counter(), time.process_time()
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self) -> Seconds:
         assert self.start is not None
         first, wall, cpu = self.start
         stretch = self.sentences / (self.sentences - first)
-        return (time.perf_counter() - wall) * stretch, (time.process_time() - cpu) * stretch
+        return Seconds((time.perf_counter() - wall) * stretch, (time.process_time() - cpu) * stretch)
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, Any]:

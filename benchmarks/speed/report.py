@@ -29,12 +29,13 @@ def machine(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def path_of(name: str, flags: argparse.Namespace) -> Path:
-    """benchmarks/results/DATE-NAME-HARDWARE.json, unless --out says otherwise."""
+    """benchmarks/results/DATE-NAME-SIZES-HARDWARE.json, unless --out says otherwise."""
     if flags.out:
         return flags.out
     facts = machine(flags)
     hardware = facts.get("gpu") or f"{facts['cpu']} {facts['threads']} threads"
-    words = f"{datetime.date.today().isoformat()} {name} {hardware}"
+    sizes = " ".join(flags.sizes) if "--sizes" in flags.words else ""  # so that no part of a case replaces another
+    words = f"{datetime.date.today().isoformat()} {name} {sizes} {hardware}"
     return RESULTS / (re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-").lower() + ".json")
 
 

@@ -26,7 +26,7 @@ from funneltfm.training.setup import choose_devices, make_trainer
 from funneltfm.training.speed import matmul_precision
 
 from .contenders import build, freed_memory, net_config, precision
-from .measure import AfterFirstStep, take_turns
+from .measure import AfterFirstStep, Seconds, take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -94,7 +94,7 @@ TRAINER_128, TRAINER_DYNAMIC = "HF Trainer, padded to 128", "HF Trainer, dynamic
 def finetune_epoch(flags: argparse.Namespace) -> dict[str, Any]:
     texts, tokenizer = read(flags)
     flags.vocab_size = tokenizer.vocab_size
-    chosen = part_of_an_epoch(texts, tokenizer, flags.sentences or 128)
+    chosen = part_of_an_epoch(texts, tokenizer, flags.sentences or 96)
     split = encode(chosen, tokenizer)
     steps: dict[str, Callable[[], Any]] = {}
     for name in flags.contenders or [*OURS, TRAINER_DYNAMIC, TRAINER_128]:
@@ -121,14 +121,14 @@ def rates(rows: list[dict[str, Any]], sentences: int, whole: int) -> list[dict[s
     return rows
 
 
-def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace) -> Callable[[], tuple[float, float]]:
+def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace) -> Callable[[], Seconds]:
     """The engine of `funneltfm classify`, without validation and checkpoints, with what it does to be fast."""
     args = make_args(**given, device_id=-1 if flags.device == "cpu" else 0)
     built = build("ours", flags)
     task = Classification(DatasetSpec("epoch", ("0", "1"), ("accuracy",), {}, {}))
     collator = Collator(built.model.net_config)
 
-    def run() -> tuple[float, float]:
+    def run() -> Seconds:
         batches = TokenBudget(args.max_tokens, collator.padded_length) if args.max_tokens else BATCH
         loader = RunLoader(split, collator, batches, epochs=1, seed=0)
         clock = AfterFirstStep(len(split))
@@ -151,9 +151,7 @@ def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace)
     return run
 
 
-def _trainer(
-    split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Namespace
-) -> Callable[[], tuple[float, float]]:
+def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Namespace) -> Callable[[], Seconds]:
     """transformers' Trainer as it comes, on FunnelForSequenceClassification, without evaluation and checkpoints."""
     import transformers
 
@@ -179,7 +177,7 @@ def _trainer(
         )
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
 
-    def run() -> tuple[float, float]:
+    def run() -> Seconds:
         clock = AfterFirstStep(len(split))
 
         class Steps(transformers.TrainerCallback):
