@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from packaging.requirements import Requirement
@@ -329,6 +330,22 @@ def test_22_defaults_are_whole(tmp_path):
     assert 0 < results["valid"]["answer_selection/mean_average_precision"] <= 1
 
 
+def test_22_t5_is_denoised_by_default(tmp_path):
+    names = ["<pad>", "</s>", "<unk>", *WORDS, *(f"<extra_id_{i}>" for i in range(20))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=[name for name in names if "extra" in name], **special
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sizes = ("d_model=16", "d_kv=8", "d_ff=32", "num_layers=1", "num_decoder_layers=1", "num_heads=2")
+    flags = files(tmp_path, TEXTS) | {"pre_trained_tokenizer": str(tmp_path / "tokenizer"), "model": "t5"}
+    results = train(**flags | {"additional_config_kwargs": sizes}, pipeline="denoising")
+    assert results["valid"]["denoising/perplexity"] > 1
+
+
 # ---- a test that cannot fail is none
 
 # number -> file, what is there, what was there in the older framework, or stands for it
@@ -362,6 +379,11 @@ PUT_BACK = {
         "    model.register_buffer('count', backbone_of(model).get_input_embeddings().weight.data)\n    state = None\n",
     ),
     20: ("pytorch/funneltfm/tasks/base.py", 'epoch + 1, example["index"], number]', '0, example["index"], number]'),
+    21: (
+        "pytorch/funneltfm/summaries.py", '"\\n".join(sentences(prediction))',
+        '"\\n".join(__import__("nltk").sent_tokenize(prediction))',
+    ),
+    22: ("pytorch/funneltfm/tasks/flags.py", ' = "RE_k"', ' = "RE"'),
 }  # fmt: skip
 
 
