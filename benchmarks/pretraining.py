@@ -123,8 +123,9 @@ def step_flops(args: argparse.Namespace, objective: str) -> int:
     batch = Collate(tasks, tokenizer)([prepare(features[i], 0) for i in range(args.batch)])
     module = TaskModule(make_heads(flags, tasks, tokenizer), tasks, flags, {})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels are not counted
-        seen, logits = module.run(tasks, batch)
-        losses = tasks[0].losses(logits[tasks[0].name], seen)
+        (task,) = tasks
+        seen, hidden = module.encode(tasks, batch)
+        losses = task.losses(task.logits(module.heads.models[task.name], hidden, seen), seen)
         torch.stack(list(losses.values())).sum().backward()
     return counter.get_total_flops()
 

@@ -66,11 +66,13 @@ def unigram() -> Any:
 def sentinels() -> Any:
     """Like T5's: SentencePiece, an end and no beginning, and sentinels, the last one first."""
     special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(11, -1, -1))]
-    tokenizer = Tokenizer(models.Unigram())
+    # Written down: a learned one differs from process to process, and may lack a letter.
+    words, letters = set(" ".join(CORPUS).split()), set("".join(CORPUS)) - {" "}
+    pieces = [*((f"\u2581{word}", -4.0) for word in sorted(words)[::2]), *((x, -8.0) for x in sorted(letters))]
+    tokenizer = Tokenizer(models.Unigram([*((x, 0.0) for x in special), ("\u2581", -6.0), *pieces], unk_id=2))
+    tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator([" ".join(CORPUS)] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )

@@ -247,10 +247,10 @@ def test_what_was_learned_is_written(
     flags = flags_of(tmp_path, tokenizer_for(model, tokenizers), model, make_writer, **more)
     flags |= {
         "max_epochs": None,
-        "max_steps": 240,
+        "max_steps": 150,
         "learning_rate": 1e-2,
         "num_warmup_steps": 10,
-        "val_check_interval": 240,
+        "val_check_interval": 150,
     }
     results = train(**flags | {"check_val_every_n_epoch": None, "test_dataset": flags["valid_dataset"]})
     for split in ("valid", "test"):

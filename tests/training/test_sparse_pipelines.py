@@ -380,9 +380,9 @@ def test_teachers_that_cannot_be(more: dict[str, Any], message: str, data, teach
     ("more", "message"),
     [
         ({"sparsity_method": "rigl"}, "--sparsity_method is read with --sparsity alone"),
-        ({"sparsity": 0.5, "sparsity_interval": 5}, "read by --sparsity_method rigl or gradual alone"),
-        ({"sparsity": 0.5, "rigl_drop": 0.3}, "read by --sparsity_method rigl alone"),
-        ({"sparsity": 0.5, "sparsity_method": "gradual", "sparsity_init": "random"}, "static or rigl alone"),
+        ({"sparsity": 0.5, "sparsity_interval": 5}, "read by --sparsity_method rigl or gradual or rigl_2021 alone"),
+        ({"sparsity": 0.5, "rigl_drop": 0.3}, "read by --sparsity_method rigl or rigl_2021 alone"),
+        ({"sparsity": 0.5, "sparsity_method": "gradual", "sparsity_init": "random"}, "or rigl or rigl_2021 alone"),
         ({"sparsity": 0.5, "sparsity_method": "gradual", "early_stopping": True}, "--early_stopping would end"),
         ({"sparsity": 1.0}, "from 0 to below 1"),
         ({"sparsity": 0.5, "sparsity_pattern": "3:2"}, "pattern must be"),

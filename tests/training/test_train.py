@@ -369,7 +369,7 @@ def test_several_seeds_and_their_spread(data, tmp_path):
         ({"early_stopping": True, "monitor": "valid/seq_class/acc"}, "valid/seq_class/acc"),
         ({"num_labels": 3}, "has 2 classes"),
         ({"strategy": "dpd"}, "strategy must be auto, ddp"),
-        ({"strategy": "fsdp"}, "strategy must be auto, ddp"),
+        ({"strategy": "deepspeed"}, "strategy must be auto, ddp"),
         ({"strategy": "ddp_spawn"}, "strategy must be auto, ddp"),
         ({"optimizer": "fuse_adam", "precision": "16", "gradient_clip_val": 1.0}, "cannot be clipped"),
         ({"streaming": True}, "--streaming needs --max_steps"),

@@ -182,7 +182,8 @@ class TaskModule(ExactResume):
         self._kept = {}
         self._check_monitor()
         named = {f"{self.stage}/{name}": value for name, value in self.scores[self.stage].items()}
-        self.log_dict(named, logger=False)  # every process has the same
+        if not self.args.barebones:
+            self.log_dict(named, logger=False)  # every process has the same
 
     def _check_monitor(self) -> None:
         """A validation must have measured what selects the best model."""
