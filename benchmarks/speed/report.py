@@ -52,6 +52,7 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 
 def write(path: Path, name: str, flags: argparse.Namespace, result: dict[str, Any]) -> None:
     settings = {key: value for key, value in vars(flags).items() if key not in ("words", "out", "child")}
+    settings |= {key: value.name for key, value in settings.items() if isinstance(value, Path)}
     whole = {"benchmark": "run", "case": name, "date": datetime.date.today().isoformat(), "settings": settings}
     whole |= {"machine": machine(flags)} | result
     path.parent.mkdir(parents=True, exist_ok=True)
