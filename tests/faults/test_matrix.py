@@ -1,8 +1,9 @@
 """Every precision, in one process and in two, in one go and resumed: the sample is learned equally well.
 
     python tests/faults/test_matrix.py --epochs 5
+    python tests/faults/test_matrix.py --epochs 5 --levels O3 bf16
 
-trains all 20 and prints a table; pytest trains two of them.
+trains all 20, or those of some levels, and prints a table; pytest trains two of them.
 """
 
 import argparse
@@ -83,13 +84,14 @@ def test_some_of_the_matrix(sample: Path, tmp_path: Path, level: str, processes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=5)
-    epochs = parser.parse_args().epochs
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
+    flags = parser.parse_args()
     lines, worst = [], 1.0
     with tempfile.TemporaryDirectory() as folder:
         data = make_sample(Path(folder) / "sample")
-        for level, processes, resumed in itertools.product(LEVELS, (1, 2), (False, True)):
+        for level, processes, resumed in itertools.product(flags.levels, (1, 2), (False, True)):
             root = Path(folder) / f"{level}_{processes}_{resumed}"
-            scores = train(data, root, level, processes, resumed, epochs)
+            scores = train(data, root, level, processes, resumed, flags.epochs)
             worst = min(worst, scores["valid"]["accuracy"], scores["test"]["accuracy"])
             lines.append(
                 f"| {level} | {processes} | {'resumed' if resumed else 'fresh'} | {scores['valid']['accuracy']:.3f} | "
