@@ -576,6 +576,28 @@ def test_a_stream_of_the_hub_in_workers_of_a_loader(monkeypatch, tmp_path, datas
     assert sorted(values(loader)) == list(range(100))
 
 
+@pytest.mark.parametrize("kind", ["folder", "x.parquet", "hub"])
+def test_a_stream_knows_the_names_of_classes(kind, monkeypatch, tmp_path, datasets):
+    names = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"label": names, "tags": datasets.Sequence(names), "text": datasets.Value("string")})
+    rows = [{"label": i % 2, "tags": [1, 0], "text": str(i)} for i in range(6)]
+    data = datasets.Dataset.from_list(rows, features=features)
+    source = "owner/name/train" if kind == "hub" else str(tmp_path / kind)
+    if kind == "hub":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data.to_iterable_dataset())
+    elif kind == "folder":
+        data.save_to_disk(source)
+    else:
+        data.to_parquet(source)
+    stream = stream_rows(source, buffer=0)
+    assert [stream.class_names(column) for column in ("label", "tags", "text", "none")] == [["neg", "pos"]] * 2 + [
+        None,
+        None,
+    ]
+    assert list(stream) == rows
+
+
 def test_rows_in_a_process_of_its_own(tmp_path, datasets):
     sources = [write(tmp_path / kind, SMALL, datasets) for kind in ("x.jsonl", "x.parquet", "folder")]
     rows = concatenate([open_rows(source) for source in sources])

@@ -156,6 +156,17 @@ def test_a_stream_of_text_files_is_of_documents(tmp_path):
     assert Counter(n for batch in seen for n in batch) == Counter(range(30))
 
 
+def test_examples_of_one_row_are_spread(source):
+    """A row may be an article of many questions."""
+    batches = list(islice(StreamLoader(
+        source, blocks, prepare, make_blocks, batch_size=4, seed=1, length=9, buffer=0
+    ), 3))  # fmt: skip
+    assert Counter(pair for batch in batches for pair in batch["pairs"]) == Counter(
+        (n, k) for n in range(4) for k in (1, 2, 3)
+    )
+    assert all(len({n for n, _ in batch["pairs"]}) > 2 for batch in batches)
+
+
 @pytest.mark.parametrize("documents", [True, False])
 def test_groups_without_examples_are_passed_over(source, small_groups, documents):
     def first_ones(rows: list[dict]) -> Features:

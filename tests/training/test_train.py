@@ -349,6 +349,23 @@ def test_several_seeds_and_their_spread(data, tmp_path):
     assert "| test | seq_class/accuracy |" in (Outputs(tmp_path, "run").run / "results.md").read_text()
 
 
+@pytest.mark.parametrize("kind", ["folder", "x.parquet"])
+def test_a_stream_has_the_same_classes(data, tmp_path, kind):
+    """Numbers that a source has names for, in an order of its own and one that no row has."""
+    datasets = pytest.importorskip("datasets")
+    source = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    names = datasets.ClassLabel(names=["pos", "neg", "none"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    own = [{"text": row["text"], "label": names.str2int(row["label"])} for row in source]
+    table = datasets.Dataset.from_list(own, features=features)
+    table.save_to_disk(tmp_path / kind) if kind == "folder" else table.to_parquet(tmp_path / kind)
+    more = {"train_dataset": [str(tmp_path / kind)], "max_steps": 2, "max_epochs": None}
+    for name, streaming in (("whole", False), ("stream", True)):
+        train(**flags(data, tmp_path / "out", **more, name=name, streaming=streaming))
+        config = transformers.AutoConfig.from_pretrained(Outputs(tmp_path / "out", name).best)
+        assert config.id2label == {0: "pos", 1: "neg", 2: "none"}
+
+
 # ---- what it refuses
 
 

@@ -18,7 +18,7 @@ import re
 import zlib
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
 from itertools import islice
@@ -175,8 +175,13 @@ class _Arrow(Rows):
         return iter(self.data)
 
     def class_names(self, column: str) -> list[str] | None:
-        feature = self.data.features.get(column)
-        return getattr(getattr(feature, "feature", feature), "names", None)  # of the column, or of its lists' items
+        return _classes(self.data.features).get(column)
+
+
+def _classes(features: Any) -> dict[str, list[str]]:
+    """The names of the integers of columns that have them; features: of the datasets library."""
+    of_items = {name: getattr(feature, "feature", feature) for name, feature in features.items()}  # of lists
+    return {name: feature.names for name, feature in of_items.items() if getattr(feature, "names", None)}
 
 
 class Deferred(Rows):
@@ -488,6 +493,27 @@ def _passes(size: int, start: int, count: int, key: tuple[int, ...]) -> np.ndarr
 # ---- streams
 
 
+class Stream(Iterator[Row]):
+    """Rows one after another. classes: the names of the integers of columns that have them."""
+
+    def __init__(self, rows: Iterator[Row], classes: Mapping[str, list[str]]):
+        self.rows, self.classes = rows, classes
+
+    def __next__(self) -> Row:
+        return next(self.rows)
+
+    def class_names(self, column: str) -> list[str] | None:
+        return self.classes.get(column)
+
+
+class Group(list[Row]):
+    """Some rows of a stream."""
+
+    def __init__(self, rows: Iterable[Row], stream: Stream):
+        super().__init__(rows)
+        self.class_names = stream.class_names
+
+
 def stream_rows(
     source: str,
     config: str | None = None,
@@ -502,7 +528,7 @@ def stream_rows(
     workers: int = 1,
     bad_rows: BadRows = "error",
     documents: bool = False,
-) -> Iterator[Row]:
+) -> Stream:
     """The rows of a source, one after another, in constant memory.
 
     Worker `worker` of `workers` in process `rank` of `ranks` has every (ranks * workers)-th row: together they have
@@ -519,10 +545,11 @@ def stream_rows(
             f"{worker=} {workers=} {buffer=} {taken=}."
         )
     number, of = rank * workers + worker, ranks * workers
-    rows = _stream(source, config, number, of, bad_rows, documents)
+    rows, classes = _stream(source, config, number, of, bad_rows, documents)
     if number == 0:  # the one worker that has a row if there is any
         rows = _some(rows, source)
-    return islice(_shuffled(rows, buffer, np.random.default_rng([seed, 3, epoch, number])), taken, None)
+    rows = _shuffled(rows, buffer, np.random.default_rng([seed, 3, epoch, number]))
+    return Stream(islice(rows, taken, None), classes)
 
 
 def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
@@ -536,17 +563,24 @@ def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
 
 def _stream(
     source: str, config: str | None, first: int, step: int, bad_rows: BadRows, documents: bool
-) -> Iterator[Row]:
-    """Every step-th row from the first on, in the order of the source."""
+) -> tuple[Iterator[Row], dict[str, list[str]]]:
+    """Every step-th row from the first on, in the order of the source, and the names of classes."""
     path = _local(source, config)
     if path is None:
-        return _stream_batches(_from_hub(source, config, streaming=True), first, step)
+        data = _from_hub(source, config, streaming=True)
+        return _stream_batches(data, first, step), _classes(data.features or {})
     if path.is_dir() or _suffix(path) == ".json":
         rows = open_rows(source, bad_rows=bad_rows)
-        return (rows[i] for i in range(first, len(rows), step))
+        named = {column: names for column in rows.columns if (names := rows.class_names(column))}
+        return (rows[i] for i in range(first, len(rows), step)), named
     if _suffix(path) == ".parquet":
-        return _stream_parquet(path, first, step)
-    return (row for _, row, _ in _checked(path, "line", _records(path, first, step, documents), bad_rows))
+        datasets = datasets_library(path)
+        with readable(path, OSError, datasets.exceptions.DatasetsError):
+            import pyarrow.parquet
+
+            named = _classes(datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path)))
+        return _stream_parquet(path, first, step), named
+    return (row for _, row, _ in _checked(path, "line", _records(path, first, step, documents), bad_rows)), {}
 
 
 def _stream_batches(data: Any, first: int, step: int) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from funneltfm.data.features import Batch, Example, Features, step_sizes, steps
-from funneltfm.data.sources import BadRows, stream_rows
+from funneltfm.data.sources import BadRows, Group, Row, Stream, stream_rows
 from funneltfm.errors import InputError
 
 # How far one worker is: passes over the data, rows of this one that are used up, and examples of the group after them.
@@ -26,7 +26,7 @@ class _Stream(IterableDataset):
         self,
         source: str,
         config: str | None,
-        encode: Callable[[list[dict[str, Any]]], Features],
+        encode: Callable[[list[Row]], Features],
         prepare: Callable[[Example, int], Example],
         batch_size: int,
         seed: int,
@@ -56,7 +56,7 @@ class _Stream(IterableDataset):
             if after[0] > some_in + 1:
                 raise InputError(f"{self.source}: no row makes an example.")
             order = np.arange(len(features))
-            if self.documents:
+            if self.documents or len(features) != len(rows):
                 order = np.random.default_rng([self.seed, 4, after[0], first]).permutation(order)
             while used < len(features):
                 new = order[used : used + self.batch_size - len(batch)]
@@ -72,16 +72,17 @@ class _Stream(IterableDataset):
         """The index of a group's first example: it says where it was in the stream; no other of the pass has it."""
         return ((after[1] * self.workers + worker) * self.ranks + self.rank) * 2**24
 
-    def _groups(self, epoch: int, taken: int, worker: int) -> Iterator[tuple[list[dict[str, Any]], tuple[int, int]]]:
+    def _groups(self, epoch: int, taken: int, worker: int) -> Iterator[tuple[list[Row], tuple[int, int]]]:
         """Rows, and pass and row after them."""
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         while True:
             before = taken
-            for row in self._pass(epoch, taken, worker):
+            stream = self._pass(epoch, taken, worker)
+            for row in stream:
                 rows.append(row)
                 taken += 1
                 if len(rows) == self.group:
-                    yield rows, (epoch, taken)
+                    yield Group(rows, stream), (epoch, taken)
                     rows = []
             if taken == before == 0:
                 raise InputError(
@@ -89,11 +90,11 @@ class _Stream(IterableDataset):
                     f"none. Use fewer."
                 )
             if rows and self.documents:  # no block is made of two passes
-                yield rows, (epoch + 1, 0)
+                yield Group(rows, stream), (epoch + 1, 0)
                 rows = []
             epoch, taken = epoch + 1, 0
 
-    def _pass(self, epoch: int, taken: int, worker: int) -> Iterator[dict[str, Any]]:
+    def _pass(self, epoch: int, taken: int, worker: int) -> Stream:
         return stream_rows(
             self.source,
             self.config,
@@ -122,7 +123,7 @@ class StreamLoader(DataLoader):
     def __init__(
         self,
         source: str,
-        encode: Callable[[list[dict[str, Any]]], Features],
+        encode: Callable[[list[Row]], Features],
         prepare: Callable[[Example, int], Example],
         make: Callable[[list[Example]], Batch],
         batch_size: int,
