@@ -137,6 +137,34 @@ def test_a_mixture_is_saved_as_a_folder_for_each_task(
             assert again.config.id2label == {0: "B-A", 1: "I-A", 2: "O"}
 
 
+def test_tasks_of_a_mixture_have_labels_of_their_own() -> None:
+    words = ("seq_class.label_column=id", "seq_class.num_labels=3", "named_entity_recognition.label_weights=1,2,.5")
+    (seq, tag, _), args = tasks_of("seq_class+token_class+masked_lm", task_flags=words)
+    assert (seq.label_column, seq.args.num_labels, seq.args.label_weights) == ("id", 3, None)
+    assert (tag.label_column, tag.args.num_labels, tag.args.label_weights) == ("labels", None, (1.0, 2.0, 0.5))
+    assert seq.labels.names == ["a", "b", "c"]
+    assert (args.label_column, args.num_labels, args.label_weights) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "word", "message"),
+    [
+        ("seq_class", "seq_class.num_labels=2", "there is seq_class alone"),
+        ("seq_class+token_class", "seq_class.num_labels", "NAME=VALUE, .*seq_class.label_column, seq_class.num_labels"),
+        ("seq_class+token_class", "num_labels=2", "got 'num_labels=2'"),
+        ("seq_class+token_class", "seq_class.num_labels=two", "a whole number"),
+        ("seq_class+token_class", "token_class.label_weights=1,x", "numbers with commas"),
+        ("seq_class+token_class", "seq_class.label_column=", "got 'seq_class.label_column='"),
+        ("seq_class+token_class", "retrieval.label_column=x", "of seq_class.label_column"),
+        ("seq_class+masked_lm", "masked_lm.num_labels=2", "of seq_class.label_column"),
+        ("seq_class+token_class", "token_class.probability=.2", "of seq_class.label_column"),
+    ],
+)
+def test_what_is_no_flag_of_a_task_of_the_mixture(pipeline: str, word: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_train_args(pipeline=pipeline, task_flags=(word,))
+
+
 def test_flags_that_a_mixture_does_not_take() -> None:
     with pytest.raises(InputError, match="--packing is for one task alone"):
         tasks_of("masked_lm+seq_class", packing=True)

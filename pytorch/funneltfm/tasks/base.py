@@ -4,6 +4,7 @@ A row of the data becomes one or more examples (`encode`), examples become a bat
 batch's texts into hidden states once, and every task of the pipeline reads its logits from them.
 """
 
+import copy
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from funneltfm.data.features import Batch, Example, Features, pad
 from funneltfm.data.sources import place
 from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.flags import TASKS, task_names
+from funneltfm.tasks.flags import TASKS, own_flags
 from funneltfm.tasks.heads import replayed, save_pretrained
 
 log = logging.getLogger(__name__)
@@ -225,9 +226,11 @@ def load_model(auto: str, source: Any, config: Any) -> nn.Module:
 def make_tasks(pipeline: str, args: Any) -> list[Task]:
     """The tasks of a pipeline, those that corrupt last: they work on what the others have made."""
     tasks = []
-    for name in task_names(pipeline):
+    for name, own in own_flags(args.task_flags, pipeline).items():
         module, _, cls = TASKS[name][0].partition(":")
-        tasks.append(getattr(importlib.import_module(module), cls)(args))
+        of_task = copy.copy(args)
+        vars(of_task).update(own)
+        tasks.append(getattr(importlib.import_module(module), cls)(of_task))
     own_rows = [
         name for name in ("packing", "sentence_pairs", "tokenized_dir", "prepare_data_workers") if getattr(args, name)
     ]

@@ -1,8 +1,8 @@
 """The flags of the tasks, and which task reads which. No torch here: `funneltfm train --help` is quick."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from funneltfm.errors import InputError
 
@@ -31,6 +31,10 @@ class ColumnFlags:
     """Weight of each class in the loss, in the order of the labels."""
     label_smoothing: float = 0.0
     """Share of the target that goes to all classes evenly."""
+    task_flags: tuple[str, ...] = ()
+    """label_column, num_labels or label_weights (with commas) of one task of a mixture, as in
+    seq_class.label_column=topic token_class.label_column=tags token_class.label_weights=1,2.5.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +414,39 @@ def task_names(pipeline: str) -> list[str]:
     if len(set(names)) < len(names):
         raise InputError(f"pipeline {pipeline!r} names a task twice.")
     return names
+
+
+_OWN: dict[str, Callable[[str], Any]] = {
+    "label_column": str,
+    "num_labels": int,
+    "label_weights": lambda text: tuple(map(float, text.split(","))),
+}
+
+
+def own_flags(words: Sequence[str], pipeline: str) -> dict[str, dict[str, Any]]:
+    """--task_flags: what each task of a pipeline has for itself.
+
+    >>> own_flags(["seq_class.num_labels=3"], "seq_class+token_class")
+    {'seq_class': {'num_labels': 3}, 'token_class': {}}
+    """
+    own: dict[str, dict[str, Any]] = {name: {} for name in task_names(pipeline)}
+    may = [f"{name}.{flag}" for name in own for flag in _OWN if flag in TASKS[name][1]]
+    if words and len(own) == 1:
+        raise InputError(f"--task_flags tells the tasks of a mixture apart, and there is {pipeline} alone.")
+    for word in words:
+        left, _, text = word.partition("=")
+        task, _, flag = left.partition(".")
+        task = ALIASES.get(task, task)
+        try:
+            if f"{task}.{flag}" not in may or flag in own[task] or not text:
+                raise ValueError
+            own[task][flag] = _OWN[flag](text)
+        except ValueError:
+            raise InputError(
+                f"--task_flags takes NAME=VALUE, each name once, of {', '.join(may) or 'tasks with labels'} (text, a "
+                f"whole number, numbers with commas); got {word!r}."
+            ) from None
+    return own
 
 
 def check_task_flags(names: Sequence[str], given: frozenset[str]) -> None:

@@ -78,7 +78,10 @@ class Labels:
             if value is not None:
                 seen.setdefault(_key(value), _plain(value))
         if not seen:
-            raise InputError(f"the training data has no labels in {column}. Name their column with --label_column.")
+            raise InputError(
+                f"the training data has no labels in {column}. Name their column with --label_column, in a mixture "
+                f"with --task_flags TASK.label_column=NAME."
+            )
         if len(seen) > _MANY or any(isinstance(key, float) for key in seen):
             odd = next((key for key in seen if isinstance(key, float)), next(iter(seen)))
             raise InputError(

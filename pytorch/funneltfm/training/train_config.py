@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from funneltfm.errors import InputError
-from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, task_names
+from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, own_flags, task_names
 from funneltfm.training.config import Args, Group, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
@@ -318,6 +318,7 @@ def make_train_args(**flags: Any) -> Args:
     args = typed_args(TRAIN_GROUPS, "train", flags, TRAINER_ELSEWHERE)
     if args.pipeline is not None:
         check_task_flags(task_names(args.pipeline), args.given)
+        own_flags(args.task_flags, args.pipeline)
     elif not (args.resume and args.name):  # the run knows
         raise InputError("say what to learn: --pipeline seq_class, for one; --help lists them.")
     _check_ranges(args)
