@@ -412,6 +412,12 @@ def test_a_stream_has_the_same_classes(data, tmp_path, kind):
         ({"streaming": True, "max_steps": 10, "max_epochs": 3}, "a stream has no epochs"),
         ({"patience": 3}, "--patience needs --early_stopping"),
         ({"dynamo_fallback_eager": True}, "needs --compile"),
+        ({"seeds": (1, 2, 1)}, "--seeds must be different numbers"),
+        ({"seeds": (1, 2), "seed": 3}, "takes the place of --seed"),
+        ({"min_epochs": 2}, "--min_epochs holds back --early_stopping"),
+        ({"test_dataset": None, "test_filter": ("label == pos",)}, "--test_filter needs --test_dataset"),
+        ({"limit_predict_batches": 2}, "--limit_predict_batches needs --predict_dataset"),
+        ({"valid_dataset": None, "monitor": "valid/seq_class/loss"}, "--monitor needs --valid_dataset"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_left(data, tmp_path, more, message):
@@ -558,6 +564,18 @@ def test_tensorboard_gets_the_rows_beside_a_folder_named_tensorflow(data, tmp_pa
     }
     assert shown == pytest.approx(written)
     assert "train/loss" in events.Tags()["scalars"]
+
+
+def test_wandb_has_a_run_for_each_seed(data, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is an extra")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(**flags(data, tmp_path, max_epochs=1, seeds=(1, 2), loggers=("csv", "wandb"), log_every_n_steps=50))
+    assert wandb.run is None
+    for seed in (1, 2):
+        folder = Outputs(tmp_path, f"run-seed_{seed}").run / "wandb"
+        (path,) = folder.glob("offline-run-*/run-*.wandb")
+        for part in (f"run-seed_{seed}", "learning_rate", "train/loss", "valid/seq_class/accuracy"):
+            assert part.encode() in path.read_bytes(), part
 
 
 @pytest.mark.parametrize(

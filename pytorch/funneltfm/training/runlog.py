@@ -21,6 +21,7 @@ def quiet() -> Iterator[None]:
             ".*does not have many workers.*",
             "Checkpoint directory .* exists",
             ".*sync_dist=True.*",
+            "The number of training batches .* is smaller than the logging interval.*",
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

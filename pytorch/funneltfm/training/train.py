@@ -41,7 +41,7 @@ from funneltfm.data.sources import (
 )
 from funneltfm.data.streaming import RowNumbers, StreamLoader
 from funneltfm.data.text import TextEncoder
-from funneltfm.errors import InputError, Stopped
+from funneltfm.errors import InputError, Stopped, brief
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
 from funneltfm.tasks.flags import BLOCKS
@@ -573,6 +573,11 @@ def _fit(
         if not ranks.is_main():
             raise
         raise KeyboardInterrupt(f"--resume --name={args.name} goes on from the last checkpoint.") from None
+    finally:
+        if keeps and "wandb" in args.loggers and ranks.is_main():
+            import wandb
+
+            wandb.finish()  # the next run of this process, of another seed, is one of its own
     if not keeps:
         return {"steps": trainer.global_step}
     heads = module.whole("heads")
@@ -687,9 +692,17 @@ def _loggers(args: Args, outputs: Outputs) -> Any:
         from lightning.pytorch.loggers import WandbLogger
 
         try:
+            import wandb
+
             loggers.append(WandbLogger(name=outputs.name, save_dir=outputs.run))
+            _ = loggers[-1].experiment  # which begins here
         except ImportError as error:
             raise InputError("--loggers wandb needs Weights & Biases: pip install 'funneltfm[wandb]'.") from error
+        except wandb.errors.Error as error:
+            raise InputError(
+                f"--loggers wandb: {brief(' '.join(str(error).split()), 400)} Log in first (wandb login), or set "
+                f"WANDB_MODE=offline."
+            ) from error
     for logger in loggers:
         logger.log_hyperparams(given_flags(args))
     return loggers or False

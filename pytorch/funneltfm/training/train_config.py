@@ -308,6 +308,19 @@ _NEEDED = (
     *(("patience", "early_stopping"), ("gradient_clip_algorithm", "gradient_clip_val")),
     *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming"), ("across_documents", "packing")),
 )
+# Flags of a stage that has no data.
+_OF_STAGES = {
+    **{
+        f"{stage}_{name}": f"{stage}_dataset"
+        for stage in ("train", "valid", "test", "predict")
+        for name in ("config", "filter", "shard_dataset")
+    },
+    "limit_train_batches": "train_dataset",
+    "limit_val_batches": "valid_dataset",
+    "limit_test_batches": "test_dataset",
+    "limit_predict_batches": "predict_dataset",
+    **dict.fromkeys(("monitor", "monitor_direction"), "valid_dataset"),
+}
 _LOGGERS = ("csv", "tensorboard", "wandb", "none")
 
 
@@ -350,7 +363,7 @@ def make_train_args(**flags: Any) -> Args:
         raise InputError(f"--loggers {' '.join(args.loggers)}: none is no logger. Leave it out, or the others.")
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with the run, --overwrite removes it; give one of them.")
-    for flag, needs in _NEEDED:
+    for flag, needs in (*_NEEDED, *(() if args.resume else _OF_STAGES.items())):  # a resumed run knows its data
         if flag in args.given and getattr(args, flag) is not None and not getattr(args, needs):
             raise InputError(f"--{flag} needs --{needs}. Give that too, or leave it out.")
     if args.monitor is not None and not args.monitor.startswith("valid/"):
@@ -472,6 +485,11 @@ def _check_ranges(args: Args) -> None:
             raise InputError(f"{name} must be more than 0.")
     if args.overfit_batches < 0 or (isinstance(args.overfit_batches, float) and args.overfit_batches > 1):
         raise InputError(f"overfit_batches must be a number of batches, or a share; got {args.overfit_batches}.")
+    if args.seeds is not None and ("seed" in args.given or len({*args.seeds}) < len(args.seeds)):
+        raise InputError(f"--seeds must be different numbers, and takes the place of --seed; got {args.seeds}.")
+    for flag in ("min_epochs", "min_steps"):
+        if getattr(args, flag) is not None and not args.early_stopping and args.max_time is None:
+            raise InputError(f"--{flag} holds back --early_stopping and --max_time. Give one of them, or leave it out.")
     for seed in (args.seed, *(args.seeds or ())):
         if not 0 <= seed < 2**32:
             raise InputError(f"seeds must be from 0 to {2**32 - 1}; got {seed}.")
