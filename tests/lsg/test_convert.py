@@ -293,6 +293,8 @@ def test_converters_that_cannot_work_are_refused(options, said):
         ({"blok_size": 8}, "Did you mean block_size"),
         ({"hidden_dropout_prob": "much"}, "refuses model_kwargs"),
         ({"sparsity_type": "norms"}, "must be one of"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "not a multiple of the number of attention heads"),
+        ({"hidden_act": "soft"}, r"model_kwargs \(hidden_act\): 'soft'"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(save_base, keys, said):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from funneltfm.cli.main import main
 from funneltfm.data.text import get_text_tokenizer
 from funneltfm.errors import InputError
 from funneltfm.lsg.convert import LSGConverter
@@ -122,6 +123,17 @@ def test_a_round(task: str, model_type: str, folders, tmp_path) -> None:
     )
     for one, other in zip(rows, again, strict=True):
         assert alike(one, json.loads(json.dumps(other))), (one, other)
+
+
+def test_the_classifier_takes_one(folders, tmp_path, monkeypatch) -> None:
+    """`classifier.py --pre_trained_model` is `train --pipeline seq_class`, and takes its flags."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TEXT))
+    monkeypatch.chdir(tmp_path)
+    words = [f"--pre_trained_model={folders['bert']}", "--train_dataset", str(data), "--max_steps=1", "--name=run"]
+    assert main(["classify", *words, "--accelerator=cpu", "--batch_size=2", "--max_sequence_length=50"]) == 0
+    best = Outputs(tmp_path / "outputs", "run").best
+    assert transformers.AutoConfig.from_pretrained(best).architectures == ["LSGBertForSequenceClassification"]
 
 
 def test_token_types_reach_the_encoder(folders, tmp_path, monkeypatch) -> None:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
 
     of_picture = {name: flags.pop(name) for name in ("length", "head", "causal", "seed", "debug", "output")}
     settings = LSGSettings(**flags)
-    length = of_picture["length"] or 12 * settings.block_size
+    length = 12 * settings.block_size if of_picture["length"] is None else of_picture["length"]
     pattern = attention_pattern(settings, length, of_picture["head"], of_picture["causal"], of_picture["seed"])
     draw_pattern(pattern, settings, of_picture["output"])
     seen = (pattern != 0).float().mean()

@@ -22,7 +22,7 @@ from funneltfm.lsg.selection import Draw, pad_tokens, select
 from funneltfm.lsg.settings import LSGSettings
 
 TOKENS, SUMMARIES = 0, 1  # sources of windows
-CHUNK = 2**18  # numbers in the windows that exist at a time, so that they stay in the cache; two blocks' at the least
+CHUNK = 2**21  # keys' numbers in the windows that exist at a time: few calls, and yet a cache holds them; two blocks'
 
 
 class Part(NamedTuple):
@@ -140,11 +140,13 @@ def add_back(total: Tensor, windows: Tensor, part: Part, start: int) -> None:
                 total[:, low:high] += full[:, low - first : high - first]
 
 
-def _window(ahead: Tensor, sources: tuple[Tensor, Tensor], plan: Plan, start: int, count: int) -> Tensor:
-    """The keys (or values) that some blocks see: (..., count, K, H)."""
+def _window(
+    ahead: Tensor, sources: tuple[Tensor, Tensor], plan: Plan, start: int, count: int, out: Tensor | None = None
+) -> Tensor:
+    """The keys (or values) that some blocks see: (..., count, K, H), in the memory of `out` if that is given."""
     shape = (*ahead.shape[:-2], count, *ahead.shape[-2:])
     parts = [slide(sources[part.source], part, start, count) for part in plan.parts]
-    return torch.cat([ahead[..., None, :, :].expand(shape), *parts], -2)
+    return torch.cat([ahead[..., None, :, :].expand(shape), *parts], -2, out=out)
 
 
 def _window_mask(
@@ -299,7 +301,10 @@ class _BlockAttention(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Blocks of one example: query (count, N, rows, H), key and value (count, N, K, H), mask additive or None."""
+    """Blocks of one example: query (count, N, rows, H), key and value (count, N, K, H), mask additive or None.
+
+    The next chunk's keys and values take this one's memory.
+    """
 
     example: int
     rows: slice  # of the whole sequence
@@ -315,23 +320,23 @@ def _chunks(query, key, value, keys, values, seen, stream_seen, plan):
     examples, heads, length, width = query.shape
     blocks = (length - ahead) // block
     window = ahead + sum(part.size for part in plan.parts)
-    step = max(2, CHUNK // (heads * width * window))
+    step = min(blocks, max(2, CHUNK // (heads * width * window)))
+    room = [query.new_empty(heads, step, window, width) for _ in range(2)]
     lengths = (length - ahead, keys.shape[2])
     for example in range(examples):
         some_seen, some_stream = (x if x is None else x[example] for x in (seen, stream_seen))
         for start in range(0, blocks, step):
             count = min(step, blocks - start)
             rows = slice(ahead + start * block, ahead + (start + count) * block)
-            pairs = (key[example], keys[example]), (value[example], values[example])
             some_key, some_value = (
-                _window(x[:, :ahead], (x[:, ahead:], summaries), plan, start, count).transpose(0, 1)
-                for x, summaries in pairs
+                _window(x[example, :, :ahead], (x[example, :, ahead:], y[example]), plan, start, count, out[:, :count])
+                for x, y, out in ((key, keys, room[0]), (value, values, room[1]))
             )
             mask = _window_mask(some_seen, some_stream, lengths, plan, start, count, query)
             if mask is not None:
                 mask = _additive(mask.transpose(0, 1), query).expand(count, heads, block, window)
             some = query[example, :, rows].unflatten(1, (count, block)).transpose(0, 1)
-            yield _Chunk(example, rows, start, some, some_key, some_value, mask)
+            yield _Chunk(example, rows, start, some, some_key.transpose(0, 1), some_value.transpose(0, 1), mask)
 
 
 def _global_chunks(query, key, value, seen, plan):

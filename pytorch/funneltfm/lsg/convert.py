@@ -84,7 +84,13 @@ class LSGConverter:
             tokenizer = _load(AutoTokenizer, path, token)
             base = model_class(model_type, name) if is_lsg else base_class(model_type, f"/{name}")
             source = _load(base, path, token, config=config)
-            model = model_class(model_type, name)(target)
+            try:
+                model = model_class(model_type, name)(target)
+            except (KeyError, ValueError) as error:
+                keys = ", ".join(model_kwargs) or "none"
+                raise InputError(
+                    f"no {name} can be made with these model_kwargs ({keys}): {brief(str(error), 600)}"
+                ) from error
             self._fill(model, source, model_type, tokenizer, is_lsg)
         if Path(path).is_dir():
             restore_masks(model, path)  # of a sparse model

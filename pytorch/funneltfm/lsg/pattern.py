@@ -51,7 +51,7 @@ def draw_pattern(pattern: Tensor, settings: LSGSettings, path: str | os.PathLike
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(6.4, 6.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = ["#ffffff", *(COLOURS[kind][1] for kind in (LOCAL, SPARSE, GLOBAL))]
@@ -65,7 +65,7 @@ def draw_pattern(pattern: Tensor, settings: LSGSettings, path: str | os.PathLike
     axes.set_xlabel("is seen")
     axes.set_ylabel("sees")
     handles = [Patch(color=colour, label=label) for label, colour in COLOURS.values()]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     supported = canvas.get_supported_filetypes()
     ending = os.path.splitext(path)[1].removeprefix(".")
     if ending not in supported:

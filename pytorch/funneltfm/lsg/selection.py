@@ -29,7 +29,8 @@ def select_norm(
 ) -> Stream:
     """Of each chunk, the tokens with the longest keys; hidden tokens come last. No gradient through the choice."""
     tokens, chunk = key.shape[2], settings.chunk
-    norms = torch.linalg.vector_norm(key.detach(), dim=-1, dtype=_at_least_float(key))  # (B, N, T)
+    rows = key.detach().transpose(1, 2)  # as they lie in memory, which is several times as fast
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=_at_least_float(key)).transpose(1, 2)  # (B, N, T)
     if visible is not None:
         norms = norms.masked_fill(~visible, -1.0)
     kept = norms.unflatten(-1, (-1, chunk)).topk(chunk // settings.sparsity_factor, sorted=False).indices
