@@ -206,7 +206,9 @@ class SummarizationFlags:
     there is none.
     """
     additional_summaries_column: tuple[str, ...] = ()
-    """Columns with more references, for the scores alone; rows may lack them."""
+    """Columns with more references, for the scores; rows may lack them. Of a row without summary_column the first one
+    is learned: so a test set may name its references as it likes.
+    """
     prefix: str = ""
     """What is put before each text, such as "summarize: "."""
     max_target_length: int = 128
