@@ -27,7 +27,7 @@ from funneltfm.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when what is stored changes
+_FORMAT = 2  # raise it when what is stored changes
 _AT_ONCE = 4096  # examples that are turned into arrays together
 _OFFSETS = ".offsets"
 _HEADER = 128  # bytes before the numbers of an .npy file of one dimension

@@ -46,7 +46,7 @@ from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
 from funneltfm.tasks.flags import BLOCKS
 from funneltfm.tasks.heads import Heads, n_token_types
-from funneltfm.tasks.masked_lm import Corrupting
+from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
@@ -398,9 +398,9 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
 
 
 def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str, sources: Sequence[str]) -> Split:
-    """Of one task that reads texts alone; its data are opened where --tokenized_dir has nothing of them."""
-    (task,) = tasks
-    assert isinstance(task, Corrupting)
+    """Of tasks that read texts alone; their data are opened where --tokenized_dir has nothing of them."""
+    task = tasks[0]
+    assert isinstance(task, Unlabelled)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
         "sources": [source_digest(source, getattr(args, f"{stage}_config")) for source in sources],
@@ -743,14 +743,13 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
 
 
 def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> Any:
-    alone = len(module.tasks) == 1
     return eval_loader(
         module.splits[stage].features,
         _collate(args, module, text),
         args.eval_batch_size or args.batch_size,
         ranks.rank(),
         ranks.size(),
-        Prepare(module.tasks, text, args.seed) if alone else None,  # a mixture is scored on clean input
+        Prepare(module.scored(), text, args.seed),
         **_loading(args),
     )
 
