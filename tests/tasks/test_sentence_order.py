@@ -1,5 +1,6 @@
 """Sentence order: what is swapped and when, and whole runs, alone and with masked words."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.base import IGNORED, Collate, Prepare, encode_rows, make_tasks
 from funneltfm.tasks.sentence_order import NAMES, SentenceOrder
-from funneltfm.training.train import predict, train
+from funneltfm.training.train import load_splits, predict, train
 from funneltfm.training.train_config import make_train_args
 
 # The last sentence of a document has London; so order can be learned.
@@ -112,6 +113,23 @@ def test_loss_and_scores_are_of_pairs_alone(tokenizers: dict[str, Any]) -> None:
 def test_wrong_flags_are_said(pipeline: str, flags: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_tasks(pipeline, make_train_args(pipeline=pipeline, **flags))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_without_pairs_are_said(streaming: bool, tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    """Lines that are rows, each alone; documents of a text file are none such."""
+    lines = [text for row in ROWS[:2] for text in row["text"].split("\n")]
+    (tmp_path / "alone.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (tmp_path / "text.txt").write_text("\n\n".join(row["text"] for row in ROWS[:2]))
+    text = TextEncoder(tokenizers["word_piece"], 64)
+    for name, fails in (("alone.jsonl", True), ("text.txt", False)):
+        args = make_train_args(
+            pipeline="sentence_order", sentence_pairs=True, train_dataset=[str(tmp_path / name)], streaming=streaming,
+            max_steps=1,
+        )  # fmt: skip
+        expected = pytest.raises(InputError, match="two sentences") if fails else contextlib.nullcontext()
+        with expected:
+            load_splits(args, make_tasks("sentence_order", args), text)
 
 
 @pytest.mark.parametrize("pipeline", ["sentence_order", "masked_lm+sentence_order", "electra+sentence_order"])

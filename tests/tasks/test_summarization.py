@@ -136,6 +136,7 @@ def test_options_reach_the_model(tokenizers: dict[str, Any], make_writer: Any) -
         ({"generation_top_k": 5}, "top_k=5 does nothing without --generation_do_sample"),
         ({"generation_length_penalty": 2.0}, "length_penalty=2.0 does nothing without --generation_num_beams"),
         ({"generation_early_stopping": True, "generation_num_beams": 1}, "early_stopping=True does nothing without"),
+        ({"generation_suppress_tokens": (3, 99999)}, "suppress_tokens must be ids from 0 to .*; got 99999"),
         ({"generation_temperature": 1.0, "generation_top_k": 0, "generation_length_penalty": 1.0}, None),
         ({"generation_length_penalty": 2.0, "generation_num_beams": 2}, None),
     ],

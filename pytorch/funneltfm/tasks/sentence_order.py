@@ -1,6 +1,6 @@
 """`sentence_order`: do the two segments of a pair stand as in the text, or are they swapped? (Lan et al. 2020, 3.1)"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funneltfm.data.blocks import swapped
+from funneltfm.data.blocks import sentences, swapped
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
@@ -33,6 +33,14 @@ class SentenceOrder(Unlabelled):
             raise InputError("sentence_order is about pairs of segments: give --sentence_pairs too.")
 
     # ---- data
+
+    def learn(self, rows: Iterable[Row]) -> None:
+        """Nothing, but there must be a pair."""
+        if not any(len(sentences(texts)) > 1 for row in rows for texts in self.texts([row], "training data")):
+            raise InputError(
+                "no row of the training data has two sentences (lines), so there is no order to learn. A row must be a "
+                "document; in .txt and .tokens an empty line ends one."
+            )
 
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
         label = int(rng.integers(2)) if example["first_length"] else IGNORED

@@ -112,6 +112,10 @@ class Summarization(Seq2Seq):
         if self.options.get("max_new_tokens") is not None:
             limits["max_length"] = None
         given = {name: value for name, value in self.options.items() if name not in limits or value is not None}
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            size: Any = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+            if odd := [id for id in self.options.get(name) or () if not 0 <= id < size]:
+                raise InputError(f"--generation_{name} must be ids from 0 to {size - 1}, the model's; got {odd[0]}.")
         generation: Any = model.generation_config
         generation.update(**(limits | given))
         for use, more, idle in (

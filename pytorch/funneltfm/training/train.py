@@ -369,9 +369,11 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
     splits: dict[str, Split] = {}
     mixture = None
     if args.streaming:
+        blocks = args.packing or args.sentence_pairs
         for task in tasks:
             if not task.corrupts:
-                task.learn(stream_rows(args.train_dataset[0], args.train_config, buffer=0, bad_rows=args.bad_rows))
+                source = args.train_dataset[0]
+                task.learn(stream_rows(source, args.train_config, buffer=0, bad_rows=args.bad_rows, documents=blocks))
     elif args.train_dataset is not None and args.tokenized_dir is not None:
         splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
@@ -384,7 +386,7 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
         for task in tasks:
             if not task.corrupts and not splits["train"].labelled(task):
-                raise InputError(f"{rows.name} has no labels for {task.name}; training needs them.")
+                raise InputError(f"{rows.name} has no labels for {task.name}; training needs them. Name their column.")
         if mixture is not None and len(splits["train"].features) != len(rows):
             raise InputError("--train_weights is for pipelines that make one example of each row.")
     for stage in ("valid", "test", "predict"):
