@@ -289,3 +289,21 @@ def test_results_name_their_settings_and_machine(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"benchmark", "settings", "machine"} < result.keys()
     assert (ROOT / "benchmarks" / f"{result['benchmark']}.py").is_file()
+
+
+def test_lead(tmp_path: Path) -> None:
+    """The scores of the first sentence and of the first three, against the better one of two references."""
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    row = {
+        "text": ["One fox ran.", "It met a dog. They", "slept.", "The end."],
+        "said": ["fox ran", "one fox ran it met a dog"],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    command = [sys.executable, str(ROOT / "benchmarks/lead.py"), str(tmp_path / "rows.jsonl")]
+    columns = ["--document_column", "+text", "--summary_column", "*said"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "pytorch")}
+    done = subprocess.run([*command, *columns], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = [[cell.strip() for cell in line.split("|")[1:4]] for line in done.stdout.splitlines()[2:]]
+    assert table == [["1", "0.800", "0.667"], ["3", f"{14 / 16:.3f}", f"{12 / 14:.3f}"]]

@@ -193,6 +193,31 @@ def test_a_sentence_that_is_too_long_is_cut() -> None:
     assert texts == ["[CLS] fox dog fox dog fox [SEP]", "[CLS] dog fox [SEP] a lazy dog [SEP]", "[CLS] over [SEP]"]
 
 
+def test_short_pairs() -> None:
+    """A share of the examples ends early, at any length, with whole sentences; nothing is lost; texts alone decide."""
+    text, rng = TextEncoder(whole_words(), 64), random.Random(0)
+    documents = [[" ".join(rng.choices(WORDS, k=rng.randint(2, 5))) for _ in range(200)] for _ in range(20)]
+
+    def lengths(short: float, some: list[list[str]] = documents) -> list[int]:
+        examples = list(paired(documents_of(text, some), text, short))
+        halves = [i for example in examples for i in example["input_ids"] if i not in text.special_ids]
+        assert halves == [i for document in some for i in of_text(text.tokenizer, document)]
+        assert all(example["first_length"] for example in examples if len(example["input_ids"]) > 10)
+        return [len(example["input_ids"]) - 3 for example in examples]
+
+    full = [n for n in lengths(0.0) if n < 57]
+    assert len(full) <= 20  # ends of documents
+    some = lengths(0.3)
+    early = [n for n in some if n < 57]
+    assert 0.25 < len(early) / len(some) < 0.45  # with the ends of documents
+    every = lengths(1.0)
+    assert min(every) < 8 < 55 < max(every)
+    assert 25 < sum(every) / len(every) < 40  # the middle of 2 to 61, and on to the end of a sentence
+    assert lengths(0.3, documents[3:7]) == [
+        n for document in documents[3:7] for n in lengths(0.3, [document])
+    ]  # whatever is read beside it
+
+
 def test_a_document_may_be_of_several_texts() -> None:
     assert sentences(["a\nb", "", "c \n\n d\r\n"]) == ["a", " b", " c", " d"]
     assert sentences(["  "]) == []

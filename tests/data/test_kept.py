@@ -122,6 +122,12 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert folders(tmp_path) == []
 
 
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--tokenized_dir=.*file must be a folder, or nothing yet; it is a file"):
+        kept(tmp_path / "file", "x", KEY, never)
+
+
 def test_the_one_that_was_first_is_taken(tmp_path: Path) -> None:
     """Another process ends while this one still writes."""
 

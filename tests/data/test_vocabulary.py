@@ -56,6 +56,21 @@ def test_the_folder_loads_and_is_as_the_template_says(type_: str, template: str,
     assert len({word for word in example["word_ids"] if word != NO_WORD}) == 3
 
 
+@pytest.mark.parametrize("type_", TYPES)
+def test_sentinels_of_t5(type_: str, tmp_path: Path) -> None:
+    write_tokenizer(learned(type_, template="t5", vocab_size=SIZES[type_] + 100), tmp_path / "tokenizer")
+    text = TextEncoder(get_text_tokenizer(str(tmp_path / "tokenizer")), 64)
+    tokenizer = text.tokenizer
+    assert len(tokenizer) <= SIZES[type_] + 100
+    assert tokenizer.convert_ids_to_tokens(text.sentinel_ids.tolist()) == [f"<extra_id_{i}>" for i in range(100)]
+    assert {0, 1, 2, *text.sentinel_ids} == {*text.special_ids}
+    assert [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id] == [0, 1, 2]
+    a, b = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("the dog", "foxes"))
+    assert tokenizer("the dog", "foxes")["input_ids"] == [*a, 1, *b, 1]
+    ids = tokenizer("the <extra_id_0> dog", add_special_tokens=False)["input_ids"]
+    assert text.sentinel_ids[0] in ids
+
+
 @pytest.mark.parametrize("lower_case", [True, False])
 @pytest.mark.parametrize("type_", TYPES)
 def test_texts_come_back(type_: str, lower_case: bool) -> None:
@@ -111,6 +126,7 @@ def test_more_special_tokens() -> None:
         ({"type_": "bpe", "vocab_size": 200}, "vocab_size must be at least 261"),
         ({"type_": "word_piece", "vocab_size": 10}, "vocab_size must be at least"),
         ({"type_": "bpe", "special_tokens": ("<s>",)}, "names <s>, which the template has"),
+        ({"type_": "unigram", "template": "t5", "special_tokens": ("<extra_id_7>",)}, "names <extra_id_7>, which the"),
         ({"type_": "unigram", "texts": []}, "cannot be learned from these texts"),
         ({"type_": "bpe", "vocab_size": 0}, "must be at least 1"),
     ],

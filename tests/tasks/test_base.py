@@ -166,7 +166,7 @@ def test_what_is_no_flag_of_a_task_of_the_mixture(pipeline: str, word: str, mess
 
 
 def test_flags_that_a_mixture_does_not_take() -> None:
-    with pytest.raises(InputError, match="--packing is for one task alone"):
+    with pytest.raises(InputError, match="--packing is for tasks that need texts alone, but seq_class reads labels"):
         tasks_of("masked_lm+seq_class", packing=True)
     with pytest.raises(InputError, match="token_class reads one column"):
         tasks_of("seq_class+token_class", input_columns=["a", "b"])

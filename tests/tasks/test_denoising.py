@@ -120,6 +120,16 @@ def test_targets_rebuild_the_text_and_end(flags: dict[str, Any], share: float, t
                 assert sum(map(len, parts.values())) == min(max(1, round(share * n)), n - 1)
 
 
+def test_a_target_that_ends_with_a_separator_has_an_end(tokenizers: dict[str, Any]) -> None:
+    """A packed block may end where a document does, and the last token is noise."""
+    text = TextEncoder(tokenizers["sentinels"], 48)
+    ids = text.tokenizer("One fox two", add_special_tokens=False)["input_ids"]
+    block = text.example([[*ids, text.end_id]], [[0] * len(ids) + [NO_WORD]])
+    features = Features.of([block | {"row": 0}])
+    target = Prepare([task_of()], text, 0)(features[0], 0)["denoising_labels"]
+    assert target[-2:].tolist() == [text.end_id, text.end_id]
+
+
 def test_long_texts_fill_the_encoder(tokenizers: dict[str, Any]) -> None:
     text, task = TextEncoder(tokenizers["sentinels"], 48), task_of()
     long = [{"text": " ".join(TEXTS[:2] * 5)}]

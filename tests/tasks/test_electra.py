@@ -290,6 +290,13 @@ def test_generators_that_do_not_fit(tiny_tokenizer: Any, make_config: Any, tmp_p
             task.make_beside(task.make_model(None, config), None, tiny_tokenizer)
 
 
+@pytest.mark.parametrize("flag", ["pre_trained_generator_model", "pre_trained_generator_config"])
+def test_a_generator_that_is_not_there(flag: str, tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
+    task = task_of(**{flag: str(tmp_path / "none")})
+    with pytest.raises(InputError, match=rf"--{flag}=.*none cannot be loaded.*Give a folder with a config.json"):
+        task.make_beside(task.make_model(None, make_config("bert", len(tiny_tokenizer))), None, tiny_tokenizer)
+
+
 def test_older_names() -> None:
     assert task_names("token_detection_and_masked_lm") == ["electra"]
     assert task_names("token_detection_and_masked_lm_and_seq_class") == ["electra", "seq_class"]

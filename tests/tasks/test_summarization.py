@@ -88,6 +88,8 @@ def test_columns(tokenizers: dict[str, Any]) -> None:
     assert text.tokenizer.decode(example["summarization_labels"], skip_special_tokens=True) == "fox"
     (example,) = task.encode([{"source": ["the"], "title": "Mary"}], text, "rows")
     assert "summarization_labels" not in example
+    (example,) = task.encode([{"source": ["the"], "title": "Mary", "other": "lazy"}], text, "rows")
+    assert text.tokenizer.decode(example["summarization_labels"], skip_special_tokens=True) == "lazy"
 
 
 def test_rows_that_cannot_be_used(tokenizers: dict[str, Any]) -> None:
@@ -134,6 +136,7 @@ def test_options_reach_the_model(tokenizers: dict[str, Any], make_writer: Any) -
         ({"generation_top_k": 5}, "top_k=5 does nothing without --generation_do_sample"),
         ({"generation_length_penalty": 2.0}, "length_penalty=2.0 does nothing without --generation_num_beams"),
         ({"generation_early_stopping": True, "generation_num_beams": 1}, "early_stopping=True does nothing without"),
+        ({"generation_suppress_tokens": (3, 99999)}, "suppress_tokens must be ids from 0 to .*; got 99999"),
         ({"generation_temperature": 1.0, "generation_top_k": 0, "generation_length_penalty": 1.0}, None),
         ({"generation_length_penalty": 2.0, "generation_num_beams": 2}, None),
     ],
@@ -395,8 +398,7 @@ def test_real_data(name: str, model: str, make_writer: Any, tmp_path: Path) -> N
         pytest.skip(f"{name} is not there")
     rows, others = lines(files[0])[:240], lines(files[1])[:12]
     if name == "DialogSum":  # its test set has three summaries of each
-        others = [row | {"summary": row["summary1"]} for row in others]
-        columns |= {"additional_summaries_column": ("summary2", "summary3")}
+        columns |= {"additional_summaries_column": ("summary1", "summary2", "summary3")}
     texts = [" ".join(row.get("source") or [row["dialogue"]]) for row in rows]
     flags = flags_of(tmp_path, small_tokenizer(texts, model), model, make_writer, **columns)
     results = train(

@@ -19,7 +19,7 @@ from funneltfm.errors import InputError
 from funneltfm.funnel.config import canonical_length
 from funneltfm.funnel.formats import convert_checkpoint
 from funneltfm.tasks.base import make_tasks
-from funneltfm.tasks.masked_lm import Corrupting
+from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import classify as classify_module
 from funneltfm.training import train as train_module
 from funneltfm.training.config import make_args
@@ -100,7 +100,7 @@ def test_kept_tokens_train_as_those_in_memory(
     plain = train(**flags(folder, tmp_path, **BLOCKS[blocks]))
     kept = {"tokenized_dir": str(tmp_path / "kept"), **BLOCKS[blocks]}
     first = train(**flags(folder, tmp_path, name="first", prepare_data_workers=1, **kept))
-    monkeypatch.setattr(Corrupting, "examples", None)  # from here on nothing is tokenised
+    monkeypatch.setattr(Unlabelled, "examples", None)  # from here on nothing is tokenised
     original = train_module.open_rows
 
     def not_for_training(source: str, *args: Any) -> Any:
@@ -140,6 +140,7 @@ def test_kept_tokens_are_for_one_key(folder: Path, tmp_path: Path) -> None:
         {"max_sequence_length": 17},
         {"packing": False},
         {"packing": False, "sentence_pairs": True},
+        {"packing": False, "sentence_pairs": True, "short_pairs": 0.5},
         {"across_documents": True},
         {"train_filter": ("len(text) > 60",)},
         {"train_shard_dataset": 2},

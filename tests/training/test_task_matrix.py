@@ -59,6 +59,7 @@ PAIR = [
     {"q": "who had seen two dogs ?", "a": "one bird had seen two dogs", "label": 1},
 ]
 TEXT = [{"text": "the cat sat on a mat", "label": "yes"}, {"text": "two dogs run home .", "label": "no"}] * 2
+DOCUMENTS = [{"text": "\n".join(SENTENCES)}] * 4
 TAGS = [
     {"words": ["the", "cat", "saw", "dogs"], "labels": ["O", "B-X", "O", "B-Y"], "label": "yes"},
     {"words": ["one", "bird", "run"], "labels": ["B-X", "I-X", "O"], "label": "no"},
@@ -82,6 +83,7 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "answer_selection": (PAIR, RANK),
     "retrieval": (PAIR, RANK),
     "masked_lm": (TEXT, {}),
+    "sentence_order": (DOCUMENTS, {"sentence_pairs": True}),
     "random_token_detection": (TEXT, {}),
     "cluster_random_token_detection": (TEXT, {"clusters_filename": "clusters.txt"}),
     "electra": (TEXT, {}),

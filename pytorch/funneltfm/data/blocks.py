@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
+
 from funneltfm.data.features import Example
 from funneltfm.data.text import NO_WORD, Pieces, Text, TextEncoder
 from funneltfm.errors import InputError
@@ -134,35 +136,54 @@ def _owner(starts: list[tuple[int, int]], place: int) -> int:
     return bisect_right(starts, place, key=lambda start: start[0]) - 1
 
 
-def paired(documents: Iterable[list[Pieces]], text: TextEncoder) -> Iterator[Example]:
+def paired(documents: Iterable[list[Pieces]], text: TextEncoder, short: float = 0.0) -> Iterator[Example]:
     """Two segments A and B of one document, B the continuation of A, with the token types of a pair (the examples of
-    ELECTRA and BERT, without swapped ones).
+    ELECTRA and BERT; `swapped` turns one round).
 
     As many whole sentences as fit make an example; A are those up to the border that is nearest to its middle. A
     sentence that does not fit alone is cut into several; one that is left alone has a segment for itself. No token is
-    lost, and none comes twice.
+    lost, and none comes twice. "first_length": tokens of A, 0 where there is no B.
+
+    short: the share of examples that end early, after two sentences or more, at a length drawn uniformly (Devlin et al.
+    2019, appendix A.2). The draws depend on the document's tokens alone.
     """
     room = text.room(2)
     for row, document in enumerate(documents):
-        for run in _runs(document, room):
+        for run in _runs(document, room, short):
             words, _ = _counted(run, 0)
             cut = _middle([len(sentence.ids) for sentence in run])
             halves = [slice(0, cut), slice(cut, None)] if cut else [slice(None)]
             ids = [[i for sentence in run[half] for i in sentence.ids] for half in halves]
             of_words = [[word for sentence in words[half] for word in sentence] for half in halves]
-            yield text.example(ids, of_words) | {"row": row}
+            yield text.example(ids, of_words) | {"row": row, "first_length": len(ids[0]) if cut else 0}
 
 
-def _runs(document: list[Pieces], room: int) -> Iterator[list[Pieces]]:
-    """Sentences one after another that have at most `room` tokens together."""
+def swapped(example: Example, text: TextEncoder) -> Example:
+    """A pair of `paired` with B before A; the token types are those of the places."""
+    layout, first = text.layout, int(example["first_length"])
+    a = slice(len(layout.prefix), len(layout.prefix) + first)
+    b = slice(a.stop + len(layout.between), len(example["input_ids"]) - len(layout.suffix))
+    ids, words = example["input_ids"], example["word_ids"]
+    turned = text.example([list(ids[b]), list(ids[a])], [list(words[b]), list(words[a])])
+    arrays = {name: np.asarray(values, ids.dtype) for name, values in turned.items()}
+    return example | arrays | {"first_length": b.stop - b.start}
+
+
+def _runs(document: list[Pieces], room: int, short: float) -> Iterator[list[Pieces]]:
+    """Sentences one after another that have at most `room` tokens together; `short` of the runs are shorter."""
+    rng = np.random.default_rng([i for sentence in document for i in sentence.ids] if short else 0)
+
+    def wanted() -> int:
+        return int(rng.integers(2, room + 1)) if short and rng.random() < short else room
+
     run: list[Pieces] = []
-    size = 0
+    size, enough = 0, wanted()
     for sentence in document:
         for start in range(0, len(sentence.ids), room):
             part = sentence[start : start + room]
-            if run and size + len(part.ids) > room:
+            if run and (size + len(part.ids) > room or (size >= enough and len(run) > 1)):
                 yield run
-                run, size = [], 0
+                run, size, enough = [], 0, wanted()
             run.append(part)
             size += len(part.ids)
     if run:

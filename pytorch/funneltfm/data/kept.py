@@ -27,7 +27,7 @@ from funneltfm.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when what is stored changes
+_FORMAT = 2  # raise it when what is stored changes
 _AT_ONCE = 4096  # examples that are turned into arrays together
 _OFFSETS = ".offsets"
 _HEADER = 128  # bytes before the numbers of an .npy file of one dimension
@@ -45,6 +45,8 @@ def kept(folder: Path, name: str, key: dict[str, Any], make: Callable[[], Iterab
     """
     whole_key = json.loads(json.dumps({"format": _FORMAT, **key}))
     digest = hashlib.sha256(json.dumps(whole_key, sort_keys=True).encode()).hexdigest()[:16]
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise InputError(f"--tokenized_dir={folder} must be a folder, or nothing yet; it is a file.")
     path = Path(folder) / f"{name}-{digest}"
     if path.exists():
         try:

@@ -19,9 +19,9 @@ class TokenizerFlags:
 
     type: Literal["word_piece", "bpe", "unigram"] = "word_piece"
     """Model: word_piece (BERT, ELECTRA, Funnel), bpe on bytes (RoBERTa), or unigram (ALBERT, XLM-R)."""
-    template: Literal["bert", "roberta"] | None = None
-    """Special tokens: bert has [CLS] a [SEP] b [SEP] and token types, roberta <s> a </s></s> b </s> and none. Default:
-    bert for word_piece, roberta for the others.
+    template: Literal["bert", "roberta", "t5"] | None = None
+    """Special tokens: bert has [CLS] a [SEP] b [SEP] and token types, roberta <s> a </s></s> b </s> and none, t5 a </s>
+    b </s> and the sentinels <extra_id_0> to <extra_id_99>. Default: bert for word_piece, roberta for the others.
     """
     vocab_size: int = 30_000
     """Pieces at most, special tokens included."""
@@ -45,6 +45,8 @@ class Template:
     """Role -> token, in the order of their ids."""
     single: str
     pair: str
+    more: tuple[str, ...] = ()
+    """Tokens without a role."""
 
 
 TEMPLATES = {
@@ -57,6 +59,12 @@ TEMPLATES = {
         {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"},
         "<s> $A </s>",
         "<s> $A </s> </s> $B </s>",
+    ),
+    "t5": Template(
+        {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
+        "$A </s>",
+        "$A </s> $B </s>",
+        tuple(f"<extra_id_{i}>" for i in range(100)),
     ),
 }
 _PREFIX = "##"  # of pieces inside of a word
@@ -73,9 +81,9 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], flags: Any) -> Any:
 
     template = TEMPLATES[flags.template or ("bert" if flags.type == "word_piece" else "roberta")]
     special = list(template.tokens.values())
-    more = list(dict.fromkeys(flags.special_tokens))
-    if clash := set(special) & set(more):
+    if clash := {*special, *template.more} & {*flags.special_tokens}:
         raise InputError(f"special_tokens names {', '.join(sorted(clash))}, which the template has anyway.")
+    more = list(dict.fromkeys([*template.more, *flags.special_tokens]))
     if flags.vocab_size < 1 or flags.min_frequency < 0 or flags.alphabet_limit < 1 or flags.model_max_length < 1:
         raise InputError(
             f"vocab_size, alphabet_limit and model_max_length must be at least 1 and min_frequency not negative; got "

@@ -44,8 +44,10 @@ class Task:
     """Must. What selects the best checkpoint, a key of `score`."""
     words: ClassVar[bool] = False
     """The texts are lists of words; tasks that are mixed with it read the same."""
+    unlabelled: ClassVar[bool] = False
+    """It makes its own labels in `prepare`, so rows need texts alone."""
     corrupts: ClassVar[bool] = False
-    """It corrupts its input and makes its own labels in `prepare`; in a mixture it works on what the others encode."""
+    """It is unlabelled and corrupts its input; in a mixture it works on what the others encode."""
     masks: ClassVar[bool] = False
     """It needs a mask token."""
     alone: ClassVar[bool] = False
@@ -234,9 +236,9 @@ def make_tasks(pipeline: str, args: Any) -> list[Task]:
     own_rows = [
         name for name in ("packing", "sentence_pairs", "tokenized_dir", "prepare_data_workers") if getattr(args, name)
     ]
-    if own_rows and len(tasks) > 1:
+    if own_rows and (labelled := next((task.name for task in tasks if not task.unlabelled), None)):
         raise InputError(
-            f"--{own_rows[0]} is for one task alone: in {pipeline} every row has its own labels. Leave it out."
+            f"--{own_rows[0]} is for tasks that need texts alone, but {labelled} reads labels of rows. Leave it out."
         )
     if len(tasks) > 1 and (alone := next((task for task in tasks if task.alone), None)):
         raise InputError(f"pipeline {pipeline!r}: {alone.name} needs a model of its own. Train it alone.")

@@ -46,8 +46,8 @@ class Denoising(Seq2Seq, Corrupting):
             if len(text.sentinel_ids) < needed:
                 raise InputError(
                     f"span corruption needs {needed} sentinels at least, the tokenizer {text.tokenizer.name_or_path} "
-                    f"has {len(text.sentinel_ids)}: take one with tokens <extra_id_0>, <extra_id_1>, ..., or "
-                    f"--denoising_objective infilling."
+                    f"has {len(text.sentinel_ids)}: take one with tokens <extra_id_0>, <extra_id_1>, ... "
+                    f"(train-tokenizer --template t5), or --denoising_objective infilling."
                 )
             if self.args.shuffle_sentences:
                 raise InputError("--shuffle_sentences is for infilling; span corruption leaves the order as it is.")

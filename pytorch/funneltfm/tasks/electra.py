@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.text import TextEncoder
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import IGNORED, Record, Row, load_model
 from funneltfm.tasks.heads import backbone_of, n_token_types, save_pretrained
 from funneltfm.tasks.masked_lm import MaskedLM
@@ -101,7 +101,14 @@ class Electra(Detection):
         path = trained or self.args.pre_trained_generator_config
         if path is None:
             return scaled_config(config, self.args.generator_size, keep_tables=self.sharing != "none")
-        found = transformers.AutoConfig.from_pretrained(path)
+        try:
+            found = transformers.AutoConfig.from_pretrained(path)
+        except Exception as error:  # transformers and the hub raise all kinds
+            flag = "pre_trained_generator_model" if trained else "pre_trained_generator_config"
+            raise InputError(
+                f"--{flag}={path} cannot be loaded: {brief(' '.join(str(error).split()), 400)} Give a folder with a "
+                f"config.json, or a name on the hub."
+            ) from error
         if trained is None:
             names = ("vocab_size", *(f"{name}_token_id" for name in ("pad", "cls", "sep", "mask", "bos", "eos")))
             for name in names:

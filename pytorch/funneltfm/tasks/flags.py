@@ -55,14 +55,17 @@ class MaskedLMFlags:
     """Select exactly the given share of every text (at least one token), not on average."""
     packing: bool = False
     """Make blocks of max_sequence_length of each document, its sentences one after another; nothing is lost. A row is a
-    document, its lines are its sentences; in .txt and .tokens an empty line ends a document. Not in mixtures.
+    document, its lines are its sentences; in .txt and .tokens an empty line ends a document. Not in mixtures with
+    tasks that read labels.
     """
     across_documents: bool = False
     """With packing: blocks go on from one document to the next, with a separator between them."""
     sentence_pairs: bool = False
     """Make examples of two segments of a document, each of whole sentences, the second the continuation of the first;
-    nothing is lost. Rows and lines as with packing. Not in mixtures.
+    nothing is lost. Rows and lines as with packing, and in the same mixtures.
     """
+    short_pairs: float = 0.0
+    """With sentence_pairs: share of the examples that end before they are full, at a random length (BERT: 0.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,9 @@ class SummarizationFlags:
     there is none.
     """
     additional_summaries_column: tuple[str, ...] = ()
-    """Columns with more references, for the scores alone; rows may lack them."""
+    """Columns with more references, for the scores; rows may lack them. Of a row without summary_column the first one
+    is learned: so a test set may name its references as it likes.
+    """
     prefix: str = ""
     """What is put before each text, such as "summarize: "."""
     max_target_length: int = 128
@@ -291,6 +296,8 @@ class WeightFlags:
     """Weight of retrieval."""
     token_detection_weight: float = 50.0
     """Weight of the discriminator's loss in electra; the generator's has masked_lm_weight, in electra alone too."""
+    sentence_order_weight: float = 1.0
+    """Weight of sentence_order."""
     random_token_detection_weight: float = 1.0
     """Weight of random_token_detection."""
     cluster_random_token_detection_weight: float = 1.0
@@ -321,7 +328,7 @@ _MASKING = (
     *("whole_word_masking", "exact_masking"),
 )
 # How masked_lm, electra and their kind make examples of texts.
-BLOCKS = ("input_columns", "input_column", "packing", "across_documents", "sentence_pairs")
+BLOCKS = ("input_columns", "input_column", "packing", "across_documents", "sentence_pairs", "short_pairs")
 _TEXTS = (*BLOCKS, "tokenized_dir", "prepare_data_workers")
 _DETECTION = ("probability", "whole_word_detection", "exact_masking", *_TEXTS)
 _LABELS = ("label_column", "num_labels", "label_weights", "label_smoothing")
@@ -360,6 +367,10 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     "masked_lm": (
         "funneltfm.tasks.masked_lm:MaskedLM",
         frozenset({*_MASKING, *_TEXTS, "masked_lm_weight"}),
+    ),
+    "sentence_order": (
+        "funneltfm.tasks.sentence_order:SentenceOrder",
+        frozenset({*_TEXTS, "sentence_order_weight"}),
     ),
     "random_token_detection": (
         "funneltfm.tasks.token_detection:RandomTokenDetection",

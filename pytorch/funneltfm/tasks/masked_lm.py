@@ -16,15 +16,10 @@ from funneltfm.tasks.heads import replayed, selected
 from funneltfm.tasks.tokens import PredictsTokens
 
 
-class Corrupting(Task):
-    """An objective that selects tokens of its texts and corrupts them."""
+class Unlabelled(Task):
+    """An objective that makes its own labels, of rows with texts alone or of blocks of them."""
 
-    corrupts = True
-
-    def __init__(self, args: Any):
-        super().__init__(args)
-        if args.probability == 0:
-            raise InputError("--probability is 0: no token would be selected, so there is nothing to learn.")
+    unlabelled = True
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
         return list(self.examples(self.reader.texts(rows, where), text))
@@ -37,8 +32,19 @@ class Corrupting(Task):
         if args.packing:
             return packed(tokenized(map(sentences, rows), text, workers), text, args.across_documents)
         if args.sentence_pairs:
-            return paired(tokenized(map(sentences, rows), text, workers), text)
+            return paired(tokenized(map(sentences, rows), text, workers), text, args.short_pairs)
         return (text.join(pieces) | {"row": i} for i, pieces in enumerate(tokenized(rows, text, workers)))
+
+
+class Corrupting(Unlabelled):
+    """An objective that selects tokens of its texts and corrupts them."""
+
+    corrupts = True
+
+    def __init__(self, args: Any):
+        super().__init__(args)
+        if args.probability == 0:
+            raise InputError("--probability is 0: no token would be selected, so there is nothing to learn.")
 
     @staticmethod
     def selectable(example: Example, text: TextEncoder) -> np.ndarray:

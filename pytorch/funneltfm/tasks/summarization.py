@@ -74,12 +74,12 @@ class Summarization(Seq2Seq):
         examples: list[Example] = [
             example | {"row": i} for i, example in enumerate(text.encode(self.texts(rows, where)))
         ]
-        missing = next((i for i, row in enumerate(rows) if not _has(row, self.args.summary_column)), None)
+        missing = next((i for i, row in enumerate(rows) if not self._columns(row)), None)
         if missing is None:
             first = [self.references(row, place(rows, i, where))[0] for i, row in enumerate(rows)]
             for example, ids in zip(examples, target_ids(first, text, self.longest_target), strict=True):
                 example["summarization_labels"] = ids
-        elif any(_has(row, self.args.summary_column) for row in rows):
+        elif any(map(self._columns, rows)):
             raise InputError(
                 f"{place(rows, missing, where)}: expected a text in {self.args.summary_column}, as other rows have it, "
                 f"got none. Leave the row out, or all summaries."
@@ -88,11 +88,16 @@ class Summarization(Seq2Seq):
 
     def references(self, row: Row, where: str) -> list[str]:
         """The summaries of a row that has some."""
-        more = [column for column in self.args.additional_summaries_column if _has(row, column)]
-        found = texts_of(row, (self.args.summary_column, *more), where)
+        columns = self._columns(row)
+        found = texts_of(row, columns, where)
         if not found:
-            raise InputError(f"{where}: expected texts in {self.args.summary_column}, got an empty list.")
+            raise InputError(f"{where}: expected texts in {', '.join(columns)}, got an empty list.")
         return found
+
+    def _columns(self, row: Row) -> list[str]:
+        """Those with a summary of the row."""
+        columns = (self.args.summary_column, *self.args.additional_summaries_column)
+        return [column for column in columns if _has(row, column)]
 
     # ---- model
 
@@ -107,6 +112,10 @@ class Summarization(Seq2Seq):
         if self.options.get("max_new_tokens") is not None:
             limits["max_length"] = None
         given = {name: value for name, value in self.options.items() if name not in limits or value is not None}
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            size: Any = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+            if odd := [id for id in self.options.get(name) or () if not 0 <= id < size]:
+                raise InputError(f"--generation_{name} must be ids from 0 to {size - 1}, the model's; got {odd[0]}.")
         generation: Any = model.generation_config
         generation.update(**(limits | given))
         for use, more, idle in (

@@ -34,7 +34,7 @@ class Split:
 
     def labelled(self, task: Task) -> bool:
         """Whether the task can be scored on it."""
-        if task.corrupts:
+        if task.unlabelled:
             return True
         return any(name.startswith(f"{task.name}_") for name in (*self.features.plain, *self.features.ragged))
 
@@ -142,8 +142,9 @@ class TaskModule(ExactResume):
     # ---- evaluation: validation, test and prediction are the same
 
     def scored(self) -> list[Task]:
-        """The tasks of an evaluation. In a mixture the input is clean: one that corrupts has nothing to say."""
-        return [task for task in self.tasks if len(self.tasks) == 1 or not task.corrupts]
+        """The tasks of an evaluation. Where one has labels the input is clean: one that corrupts has nothing to say."""
+        none_labelled = all(task.unlabelled for task in self.tasks)
+        return [task for task in self.tasks if none_labelled or not task.corrupts]
 
     def on_validation_epoch_start(self) -> None:
         self._kept = {task.name: {} for task in self.scored()}

@@ -46,7 +46,7 @@ from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
 from funneltfm.tasks.flags import BLOCKS
 from funneltfm.tasks.heads import Heads, n_token_types
-from funneltfm.tasks.masked_lm import Corrupting
+from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
@@ -369,9 +369,11 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
     splits: dict[str, Split] = {}
     mixture = None
     if args.streaming:
+        blocks = args.packing or args.sentence_pairs
         for task in tasks:
             if not task.corrupts:
-                task.learn(stream_rows(args.train_dataset[0], args.train_config, buffer=0, bad_rows=args.bad_rows))
+                source = args.train_dataset[0]
+                task.learn(stream_rows(source, args.train_config, buffer=0, bad_rows=args.bad_rows, documents=blocks))
     elif args.train_dataset is not None and args.tokenized_dir is not None:
         splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
@@ -384,7 +386,7 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
         for task in tasks:
             if not task.corrupts and not splits["train"].labelled(task):
-                raise InputError(f"{rows.name} has no labels for {task.name}; training needs them.")
+                raise InputError(f"{rows.name} has no labels for {task.name}; training needs them. Name their column.")
         if mixture is not None and len(splits["train"].features) != len(rows):
             raise InputError("--train_weights is for pipelines that make one example of each row.")
     for stage in ("valid", "test", "predict"):
@@ -398,9 +400,9 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
 
 
 def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str, sources: Sequence[str]) -> Split:
-    """Of one task that reads texts alone; its data are opened where --tokenized_dir has nothing of them."""
-    (task,) = tasks
-    assert isinstance(task, Corrupting)
+    """Of tasks that read texts alone; their data are opened where --tokenized_dir has nothing of them."""
+    task = tasks[0]
+    assert isinstance(task, Unlabelled)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
         "sources": [source_digest(source, getattr(args, f"{stage}_config")) for source in sources],
@@ -756,14 +758,13 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
 
 
 def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> Any:
-    alone = len(module.tasks) == 1
     return eval_loader(
         module.splits[stage].features,
         _collate(args, module, text),
         args.eval_batch_size or args.batch_size,
         ranks.rank(),
         ranks.size(),
-        Prepare(module.tasks, text, args.seed) if alone else None,  # a mixture is scored on clean input
+        Prepare(module.scored(), text, args.seed),
         **_loading(args),
     )
 

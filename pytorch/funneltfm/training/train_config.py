@@ -300,13 +300,14 @@ _NOT_NEGATIVE = (
 _MORE_THAN_0 = ("temperature", "mean_span_length", "generation_temperature", "generation_repetition_penalty")
 _SHARES = (
     *("probability", "probability_masked", "probability_replaced", "probability_unchanged", "label_smoothing"),
-    *("generation_top_p", "generation_typical_p"),
+    *("short_pairs", "generation_top_p", "generation_typical_p"),
 )
 # Flags that do nothing without another one.
 _NEEDED = (
     *(("train_weights", "train_dataset"), ("selection", "scores_column"), ("scores_column", "selection")),
     *(("patience", "early_stopping"), ("gradient_clip_algorithm", "gradient_clip_val")),
     *(("dynamo_fallback_eager", "compile"), ("streaming_buffer", "streaming"), ("across_documents", "packing")),
+    ("short_pairs", "sentence_pairs"),
 )
 # Flags of a stage that has no data.
 _OF_STAGES = {
