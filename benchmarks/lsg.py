@@ -1,61 +1,67 @@
 #!/usr/bin/env python
 """LSG attention against full attention, Longformer and BigBird: time and memory, forward and training steps.
 
-    .venv/bin/python benchmarks/lsg.py --out exp/benchmark-lsg                      # hours: base models, 12 layers
-    .venv/bin/python benchmarks/lsg.py --sizes 1x4096 --layers 3 --lengths --reps 3   # minutes
+    .venv/bin/python benchmarks/lsg.py                                                # hours: base models, 12 layers
+    .venv/bin/python benchmarks/lsg.py --sizes 1x4096 --layers 3 --reps 3             # minutes
+    .venv/bin/python benchmarks/lsg.py --sizes --layers 3 --contenders longformer "lsg 128/128"     # the plot alone
 
-Times are taken in one process in which the contenders take turns, so that what disturbs the machine disturbs all; the
-least is reported, wall and CPU. Peak memory is that of a process of its own for each contender, size and mode. Weights
-are random; the vocabulary is in proportion to the layers, so that the embeddings have their share of a whole model.
+Measured as by benchmarks/run.py: contenders take turns in one process, medians of wall and of process CPU time. Each
+does so twice in a round, for freed memory makes a difference on a CPU: "back", it goes back to the system, as torch and
+transformers run by default, and "kept", it stays for the next tensor, as in our commands. Ratios are of the same kind;
+the plot is of the first of --freed. Memory is that of a whole process, at its peak, one process for each contender, and
+of "back". Weights are random; the vocabulary is in proportion to the layers, so that the embeddings have their share of
+a whole model. A table is printed; JSON and a plot against the length go to benchmarks/results.
 """
 
 import argparse
 import gc
 import json
 import math
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from speed import report
+from speed.contenders import freed_memory, wait
+from speed.measure import in_own_process, peak_of, take_turns
+from speed.models import shape_of
 from torch.nn import functional as F
 
 OURS = {"lsg 256/0": (256, 0, 2), "lsg 128/128": (128, 128, 2), "lsg 32/32": (32, 32, 4)}  # block, sparse block, factor
 CONTENDERS = ("sdpa", "eager", "longformer", "bigbird", *OURS)
 MODES = ("forward", "train")
-MIB = 2**20
+LONG = 16384  # tokens from which on one round without a warm-up has to do
+COLUMNS = {
+    "size": "", "mode": "", "contender": "", "freed": "", "wall_s": ".3f", "cpu_s": ".3f", "spread": ".0%",
+    "times_wall": ".2f", "times_cpu": ".2f", "mib": ".0f", "of_memory": ".2f",
+}  # fmt: skip
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["1x4096", "4x4096", "1x16384"], help="batch x tokens")
     parser.add_argument("--lengths", nargs="*", type=int, default=[2**i for i in range(9, 16)], help="of the plot")
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
+    parser.add_argument("--freed", nargs="+", default=["back", "kept"], choices=["back", "kept"], help="freed memory")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--reps", type=int, default=5)
-    parser.add_argument(
-        "--dropout", type=float, default=0.1, help="of attention weights and hidden states, in training"
-    )
+    parser.add_argument("--reps", type=int, default=5, help="rounds, after one that does not count")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no new round of a size after these, from the third")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of weights and hidden states, in training")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=None, help="of torch; default: all cores")
     parser.add_argument("--max_gib", type=float, default=16.0, help="skip what needs more for attention scores alone")
-    parser.add_argument("--out", type=Path, default=Path("exp/benchmark-lsg"))
-    parser.add_argument("--memory_of", nargs=3, metavar=("CONTENDER", "SIZE", "MODE"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def shape_of(size: str) -> tuple[int, int]:
-    batch, tokens = size.split("x")
-    return int(batch), int(tokens)
+    parser.add_argument("--full_up_to", type=int, default=8192, help="tokens of the plot that full attention is given")
+    parser.add_argument("--out", type=Path, help="the JSON file; the plot stands beside it")
+    parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
+    flags = parser.parse_args(words)
+    flags.words = words[: words.index("--child")] if "--child" in words else words
+    return flags
 
 
 # ---- models
@@ -98,7 +104,7 @@ def step_of(model: Any, size: str, mode: str, flags: argparse.Namespace) -> Any:
         def step() -> None:
             with torch.no_grad():
                 model(**inputs)
-            _wait(flags)
+            wait(flags.device)
 
         return step
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
@@ -107,14 +113,9 @@ def step_of(model: Any, size: str, mode: str, flags: argparse.Namespace) -> Any:
         F.cross_entropy(model(**inputs).logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        _wait(flags)
+        wait(flags.device)
 
     return train_step
-
-
-def _wait(flags: argparse.Namespace) -> None:
-    if flags.device != "cpu":
-        torch.cuda.synchronize()
 
 
 def too_large(name: str, size: str, mode: str, flags: argparse.Namespace) -> bool:
@@ -125,62 +126,60 @@ def too_large(name: str, size: str, mode: str, flags: argparse.Namespace) -> boo
     return bool(makes_scores) and 4 * batch * flags.heads * tokens**2 * kept > flags.max_gib * 2**30
 
 
+def of_plot(length: int, flags: argparse.Namespace) -> list[str]:
+    """The contenders at a length of the plot."""
+    full = () if length <= flags.full_up_to else ("sdpa", "eager")
+    return [
+        name for name in flags.contenders if name not in full and not too_large(name, f"1x{length}", "forward", flags)
+    ]
+
+
 # ---- measuring
 
 
-def take_turns(steps: dict[str, Any], reps: int) -> dict[str, dict[str, Any]]:
-    """Wall and CPU seconds of each step, in rounds; the first round does not count."""
-    taken: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in steps}
-    for turn in range(reps + 1):
-        for name, step in steps.items():
-            gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            if turn:
-                taken[name]["wall"].append(time.perf_counter() - wall)
-                taken[name]["cpu"].append(time.process_time() - cpu)
-    return {
-        name: {
-            "wall_s": min(t["wall"]),
-            "cpu_s": min(t["cpu"]),
-            "wall_median_s": statistics.median(t["wall"]),
-            "all": t,
-        }
-        for name, t in taken.items()
-    }
+def measured(
+    steps: dict[str, Any], size: str, mode: str, freed: list[str], reps: int, warmup: int, seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each step and each of `freed`."""
 
+    def within(step: Any, kind: str) -> Any:
+        def run() -> None:
+            with freed_memory(kept=kind == "kept"):
+                step()
 
-def time_models(size: str, mode: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
-    names = [name for name in flags.contenders if not too_large(name, size, mode, flags)]
-    steps = {name: step_of(build(name, shape_of(size)[1], flags), size, mode, flags) for name in names}
-    rows = [{"contender": name, "size": size, "mode": mode} | t for name, t in take_turns(steps, flags.reps).items()]
-    del steps
-    gc.collect()
-    for row in rows:
-        row |= memory_in_own_process(row["contender"], size, mode)
+        return run
+
+    turns = {f"{name}, {kind}": within(step, kind) for name, step in steps.items() for kind in freed}
+    rows = []
+    for name, times in take_turns(turns, reps, seconds, warmup).items():
+        print(f"{size}  {mode}  {name}: {times['cpu_s']:.3f} CPU s", file=sys.stderr, flush=True)
+        who, _, kind = name.rpartition(", ")
+        spread = (times["cpu_quartiles"][1] - times["cpu_quartiles"][0]) / times["cpu_s"]
+        about = {"size": size, "tokens": shape_of(size)[1], "mode": mode, "contender": who, "freed": kind}
+        rows.append(about | times | {"spread": spread})
     return rows
 
 
-def memory_in_own_process(name: str, size: str, mode: str) -> dict[str, float]:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--memory_of"]
-    command = [sys.executable, __file__, *arguments, "--memory_of", name, size, mode]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def time_models(
+    names: list[str], size: str, mode: str, flags: argparse.Namespace, freed: list[str], reps: int, warmup: int = 1
+) -> list[dict[str, Any]]:
+    steps = {name: step_of(build(name, shape_of(size)[1], flags), size, mode, flags) for name in names}
+    rows = measured(steps, size, mode, freed, reps, warmup, flags.seconds)
+    del steps
+    gc.collect()
+    return rows
 
 
-def memory(name: str, size: str, mode: str, flags: argparse.Namespace) -> dict[str, float]:
-    """MiB after the model was built, and at the peak of one step: resident memory, or the GPU's."""
-    step = step_of(build(name, shape_of(size)[1], flags), size, mode, flags)
-    if flags.device != "cpu":
-        built = torch.cuda.memory_allocated()
-        step()
-        return {"built_mib": built / MIB, "peak_mib": torch.cuda.max_memory_allocated() / MIB}
-    with open("/proc/self/statm", encoding="ascii") as handle:
-        built = int(handle.read().split()[1]) * resource.getpagesize()
-    step()
-    return {"built_mib": built / MIB, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+def child(name: str, flags: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Peak memory of one contender, in everything that it is timed in; the training steps come last."""
+    steps = [(f"1x{length}", "forward") for length in flags.lengths if name in of_plot(length, flags)]
+    steps += [(size, mode) for mode in flags.modes for size in flags.sizes if not too_large(name, size, mode, flags)]
+    peaks = {}
+    for size, mode in dict.fromkeys(steps):
+        step = step_of(build(name, shape_of(size)[1], flags), size, mode, flags)
+        peaks[f"{size} {mode}"] = peak_of(step, flags.device)
+        del step
+    return peaks
 
 
 def time_cores(size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -206,7 +205,7 @@ def time_cores(size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
         def step() -> None:
             with torch.no_grad():
                 function(*(x.transpose(1, 2) for x in inputs))
-            _wait(flags)
+            wait(flags.device)
 
         return step
 
@@ -214,98 +213,74 @@ def time_cores(size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
         def step() -> None:
             leaves = [x.detach().requires_grad_() for x in inputs]
             function(*(x.transpose(1, 2) for x in leaves)).backward(weight)
-            _wait(flags)
+            wait(flags.device)
 
         return step
 
     rows = []
     for mode, make in (("core forward", forward), ("core forward+backward", both)):
-        times = take_turns({name: make(function) for name, function in functions.items()}, flags.reps)
-        rows += [{"contender": name, "size": size, "mode": mode} | taken for name, taken in times.items()]
+        steps = {name: make(function) for name, function in functions.items()}
+        rows += measured(steps, size, mode, flags.freed, flags.reps, 1, flags.seconds)
     return rows
 
 
 # ---- results
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: each size and mode, against Longformer where it takes part, else against the first."""
-    lines = ["| size | mode | contender | wall s | CPU s | times faster | peak MiB | of its memory |", "|" + "---|" * 8]
-    for size, mode in dict.fromkeys((row["size"], row["mode"]) for row in rows):
-        group = [row for row in rows if (row["size"], row["mode"]) == (size, mode)]
-        other = next((row for row in group if row["contender"] == "longformer"), group[0])
-        for row in group:
-            peak, share = "", ""
-            if "peak_mib" in row:
-                peak, share = f"{row['peak_mib']:.0f}", f"{row['peak_mib'] / other['peak_mib']:.2f}"
-            times = f"{row['wall_s']:.3f} | {row['cpu_s']:.3f} | {other['cpu_s'] / row['cpu_s']:.2f}"
-            lines.append(f"| {size} | {mode} | {row['contender']} | {times} | {peak} | {share} |")
-    return "\n".join(lines)
+def compare(rows: list[dict[str, Any]], peaks: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Give rows their memory, and how they stand to Longformer, or without it to the first of their kind."""
+    for row in rows:
+        peak = peaks[row["contender"]].get(f"{row['size']} {row['mode']}")
+        if peak:
+            row |= peak | {"mib": peak["before_mib"] + peak["peak_mib"]}
+    for row in rows:
+        same = [r for r in rows if all(r[key] == row[key] for key in ("size", "mode", "freed"))]
+        other = next((r for r in same if r["contender"] == "longformer"), same[0])
+        row["times_wall"], row["times_cpu"] = other["wall_s"] / row["wall_s"], other["cpu_s"] / row["cpu_s"]
+        row["of_memory"] = row["mib"] / other["mib"] if "mib" in row else None
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory of a forward pass against the length, both axes logarithmic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = zip(figure.subplots(1, 2), (("cpu_s", "seconds of CPU"), ("peak_mib", "peak MiB")), strict=True)
-    for axes, (key, label) in panels:
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            points = [(shape_of(row["size"])[1], row[key]) for row in rows if row["contender"] == name]
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.set_xticks(ticks := sorted({shape_of(row["size"])[1] for row in rows}), [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def slope(rows: list[dict[str, Any]], name: str) -> float:
+def slope(rows: list[dict[str, Any]], name: str) -> float | None:
     """The power of the length with which the CPU time grows from 2,048 tokens on (least squares of logarithms)."""
-    points = [(shape_of(row["size"])[1], row["cpu_s"]) for row in rows if row["contender"] == name]
+    points = [(row["tokens"], row["cpu_s"]) for row in rows if row["contender"] == name]
     logs = [(math.log(tokens), math.log(seconds)) for tokens, seconds in points if tokens >= 2048]
     if len(logs) < 2:
-        return math.nan
+        return None
     x, y = (statistics.fmean(column) for column in zip(*logs, strict=True))
     return sum((a - x) * (b - y) for a, b in logs) / sum((a - x) ** 2 for a, _ in logs)
 
 
 def main() -> None:
-    flags = parse()
+    flags = parse(sys.argv[1:])
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    if flags.memory_of:
-        name, size, mode = flags.memory_of
-        print(json.dumps(memory(name, size, mode, flags)))
+    if flags.child is not None:
+        print(json.dumps(child(flags.child[0], flags)))
         return
-    flags.out.mkdir(parents=True, exist_ok=True)
-    about = {key: str(value) for key, value in vars(flags).items()}
-    about |= {
-        "torch": torch.__version__,
-        "processor": platform.processor(),
-        "torch_threads": str(torch.get_num_threads()),
-    }
-    results: dict[str, Any] = {"about": about, "sizes": [], "lengths": []}
-
-    def keep(part: str, rows: list[dict[str, Any]]) -> None:
-        results[part] += rows
-        (flags.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(table(rows), flush=True)
-
+    rows: list[dict[str, Any]] = []
     for size in flags.sizes:
-        keep("sizes", time_cores(size, flags))
+        rows += time_cores(size, flags)
         for mode in flags.modes:
-            keep("sizes", time_models(size, mode, flags))
+            names = [name for name in flags.contenders if not too_large(name, size, mode, flags)]
+            rows += time_models(names, size, mode, flags, flags.freed, flags.reps)
+    lengths: list[dict[str, Any]] = []
     for length in flags.lengths:
-        keep("lengths", time_models(f"1x{length}", "forward", flags))
-    if flags.lengths:
-        plot(results["lengths"], flags.out / "lengths.png")
-        for name in OURS:
-            print(f"{name}: time grows with the length to the power of {slope(results['lengths'], name):.2f}")
-    (flags.out / "table.md").write_text(table(results["sizes"]) + "\n", encoding="utf-8")
+        rounds = (1, 0) if length >= LONG else (min(3, flags.reps), 1)
+        lengths += time_models(of_plot(length, flags), f"1x{length}", "forward", flags, flags.freed[:1], *rounds)
+    peaks = {name: in_own_process([name], flags) for name in flags.contenders}
+    compare(rows, peaks)
+    compare(lengths, peaks)
+    found = {name: slope(lengths, name) for name in flags.contenders}
+    powers = {name: power for name, power in found.items() if power is not None}
+    print(report.table(rows + lengths, COLUMNS))
+    path = report.path_of("lsg", flags)
+    report.write(path, "lsg", flags, {"rows": rows, "lengths": lengths, "powers": powers})
+    if lengths:
+        panels = {"cpu_s": "seconds of CPU", "mib": "MiB of the process at its peak"}
+        report.plot(path.with_suffix(".png"), lengths, panels, over="tokens")
+        for name, power in powers.items():
+            print(f"{name}: time grows with the length to the power of {power:.2f}")
+    print(f"\nwritten: {path}")
 
 
 if __name__ == "__main__":

@@ -22,20 +22,28 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 def test_lsg(tmp_path: Path) -> None:
-    words = ["--sizes", "1x704", "--lengths", "704", "--layers", "1", "--hidden", "32", "--heads", "2", "--reps", "1"]
-    words += ["--contenders", "sdpa", "longformer", "lsg 128/128"]
+    words = ["--sizes", "1x704", "--lengths", "512", "704", "--layers", "1", "--hidden", "32", "--heads", "2"]
+    words += ["--reps", "1", "--full_up_to", "512", "--contenders", "sdpa", "longformer", "lsg 128/128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "benchmarks/lsg.py", *words, "--out", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks/lsg.py", *words, "--out", tmp_path / "result.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    measured = {(row["contender"], row["mode"]) for row in results["sizes"]}
-    for name in ("sdpa", "longformer", "lsg 128/128"):
-        assert {(name, "forward"), (name, "train")} <= measured
-    assert {row["mode"] for row in results["sizes"] if row["contender"] == "sdpa"} >= {"core forward+backward"}
-    assert all(row["peak_mib"] > row["built_mib"] > 0 for row in results["lengths"])
-    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert "lsg 128/128" in (tmp_path / "table.md").read_text()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["benchmark"], result["settings"]["layers"]) == ("lsg", 1)
+    measured = {(row["contender"], row["mode"], row["freed"]) for row in result["rows"]}
+    for freed in ("back", "kept"):
+        for name in ("sdpa", "longformer", "lsg 128/128"):
+            assert {(name, "forward", freed), (name, "train", freed)} <= measured
+        assert {("sdpa", "core forward", freed), ("lsg 128/128", "core forward+backward", freed)} <= measured
+    assert [(row["tokens"], row["contender"]) for row in result["lengths"]] == [
+        (512, "sdpa"), (512, "longformer"), (512, "lsg 128/128"), (704, "longformer"), (704, "lsg 128/128")
+    ]  # fmt: skip
+    forward = [row for row in result["rows"] if (row["mode"], row["freed"]) == ("forward", "back")]
+    peaks = {row["contender"]: row["peak_mib"] for row in forward}
+    assert peaks["longformer"] > 2 * peaks["lsg 128/128"] > 0  # each its own, not the parent's
+    assert all(row["times_cpu"] == 1 for row in result["rows"] if row["contender"] == "longformer")
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "lsg 128/128" in done.stdout
 
 
 def test_sparse_overhead(tmp_path: Path) -> None:

@@ -130,9 +130,8 @@ def peak_of(step: Callable[[], Any], device: str) -> dict[str, float]:
 
 
 def in_own_process(what: list[str], flags: argparse.Namespace) -> Any:
-    """What run.py prints as JSON in its last line, given the flags of this run and `--child` with these words."""
-    program = str(Path(__file__).resolve().parents[1] / "run.py")
-    command = [sys.executable, program, *flags.words, "--child", *what]
+    """What this program prints as JSON in its last line, given the flags of this run and `--child` with these words."""
+    command = [sys.executable, sys.argv[0], *flags.words, "--child", *what]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")

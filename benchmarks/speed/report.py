@@ -5,6 +5,7 @@ import datetime
 import json
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 def write(path: Path, name: str, flags: argparse.Namespace, result: dict[str, Any]) -> None:
     settings = {key: value for key, value in vars(flags).items() if key not in ("words", "out", "child")}
     settings |= {key: value.name for key, value in settings.items() if isinstance(value, Path)}
-    whole = {"benchmark": "run", "case": name, "date": datetime.date.today().isoformat(), "settings": settings}
+    whole = {
+        "benchmark": Path(sys.argv[0]).stem,
+        "case": name,
+        "date": datetime.date.today().isoformat(),
+        "settings": settings,
+    }
     whole |= {"machine": machine(flags)} | result
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1, default=str) + "\n", encoding="utf-8")
