@@ -919,6 +919,132 @@ def test_resuming_a_finished_run_does_no_harm(uninterrupted: tuple[Path, dict]) 
     assert again == results
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("train.jsonl", '"mood": "so so"', '"mood": "not good"'),
+        ("train.jsonl", "the", "cat"),
+        ("valid.jsonl", "the", "cat"),
+        ("train.jsonl", "very good", "zzz"),
+        ("vocab.txt", "cat\ndog", "dog\ncat"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    file: str, old: str, new: str, flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, texts, what the best is chosen by, the order of the classes, the ids of words."""
+    data = tmp_path / "data"
+    data.mkdir()
+    given = flags(data_dir=str(data), **custom_jsonl(data), model_dir=str(tmp_path / "run"), epochs=2)
+    vocabulary = data / "vocab.txt"
+    vocabulary.write_bytes(Path(given["tokenizer_path"]).read_bytes())
+    given["tokenizer_path"] = str(vocabulary)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 6)
+        with pytest.raises(PowerCut):
+            classify(**given)
+    before = (data / file).read_text(encoding="utf-8")
+    assert old in before
+    for path in data.glob("*.jsonl" if new == "zzz" else file):  # a class that has another name has it everywhere
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(old, new, -1 if new == "zzz" else 1), encoding="utf-8")
+    with pytest.raises(InputError, match="not those that the run began with"):
+        classify(model_dir=given["model_dir"], resume=True)
+    if new == "zzz":
+        for path in data.glob("*.jsonl"):
+            path.write_text(path.read_text(encoding="utf-8").replace(new, old), encoding="utf-8")
+    (data / file).write_text(before, encoding="utf-8")
+    classify(model_dir=given["model_dir"], resume=True)
+
+
+def test_a_sealed_checkpoint_of_something_else_is_passed_over(
+    uninterrupted: tuple[Path, dict],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, flags = uninterrupted
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_at(patch, 14)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(root))
+    last, best = root / "checkpoints" / "last.ckpt", root / "checkpoints" / "best.ckpt"
+    good = last.read_bytes()
+    last.write_bytes(best.read_bytes())  # weights alone
+    classify(model_dir=str(root), resume=True)
+    assert f"the checkpoint {last} is not of a training that can go on; trying previous.ckpt" in caplog.messages
+    assert_same_run(root, whole)
+
+    config = root / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace("d_inner: 16", "d_inner: 8"), encoding="utf-8")
+    last.write_bytes(good)
+    with pytest.raises(InputError, match=r"damaged or foreign.*--overwrite"):
+        classify(model_dir=str(root), resume=True)
+    assert f"the checkpoint {last} is of another model; trying previous.ckpt" in caplog.messages
+
+
+def test_max_tokens_from_the_command_line_and_resumed(
+    cola: Path, flags: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was typed counts as given."""
+    given = flags(data_dir=str(cola), epochs=2, max_tokens=60)
+    for name in ("train_bsz", "valid_bsz", "test_bsz"):
+        given.pop(name, None)
+    words = [f"--{name}={value}" for name, value in given.items() if name != "model_dir"]
+    assert main(["classify", *words, f"--model_dir={tmp_path / 'whole'}"]) == 0
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_at(patch, 5)
+        with pytest.raises(PowerCut):
+            main(["classify", *words, f"--model_dir={root}"])
+    assert main(["classify", "--resume", f"--model_dir={root}"]) == 0
+    assert_same_run(root, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": 5}, "a table that is meant to be larger"),
+        ({"overwrite_keys": "d_model"}, "--overwrite_keys is about the config of --init_ckpt"),
+        ({"distributed_rank": 1, "distributed_world_size": 2}, "--distributed_init_method"),
+        ({"distributed_world_size": 1000000}, "distributed_world_size must be at most"),
+        ({"accumulate_grad_batches": 1000000}, "as many examples"),
+        ({"log_path": "data"}, "is there already"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_be_meant(
+    more: dict[str, Any], says: str, cola: Path, flags: Callable, tmp_path: Path
+) -> None:
+    if "log_path" in more:
+        more = {"log_path": str(cola / "train.tsv")}
+    before = (cola / "train.tsv").read_bytes()
+    with pytest.raises(InputError, match=says):
+        classify(**flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), **more))
+    assert (cola / "train.tsv").read_bytes() == before
+
+
+def test_validations_are_at_most_as_many_as_steps() -> None:
+    assert engine.validation_steps(30, 2**31 - 1) == engine.validation_steps(30, 30) == set(range(1, 31))
+
+
+def test_going_on_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no run to go on with in .*nowhere"):
+        classify(resume=True, model_dir=str(tmp_path / "nowhere"))
+
+
+def test_memory_that_does_not_suffice_is_said(
+    cola: Path, flags: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    given = flags(data_dir=str(cola), model_dir=str(tmp_path / "run"), d_model=2**20, d_inner=2**31 - 1)
+    assert main(["classify", *(f"--{name}={value}" for name, value in given.items())]) == 1
+    said = capsys.readouterr().err
+    assert "error: out of memory" in said
+    assert "Traceback" not in said
+
+
 def test_resuming_with_other_settings_is_refused(uninterrupted: tuple[Path, dict]) -> None:
     whole, flags = uninterrupted
     config = (whole / "config.yaml").read_bytes()

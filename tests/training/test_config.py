@@ -102,6 +102,20 @@ def test_fp16_and_bf16_exclude_each_other() -> None:
         make_args(fp16=True, bf16=True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"num_workers": 2**31 - 1}, "num_workers must be at most"),
+        ({"resume": True, "overwrite": True}, "--overwrite removes the run that --resume needs"),
+        ({"test_only": True, "overwrite": True}, "--overwrite removes the run that --test_only needs"),
+        *(({name: ""}, f"{name} is empty") for name in ("model_dir", "data_dir", "tokenizer_path", "init_ckpt")),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(flags: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make_args(**flags)
+
+
 @pytest.mark.parametrize("name", ["train_bsz", "valid_bsz", "test_bsz"])
 def test_max_tokens_is_in_place_of_counts(name: str) -> None:
     with pytest.raises(InputError, match=f"leave out {name}"):

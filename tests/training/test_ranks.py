@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,13 @@ def test_a_place_to_meet_that_is_none(method: str) -> None:
 def test_a_rank_beyond_the_last(world_size: int, rank: int) -> None:
     with pytest.raises(InputError, match=rf"distributed_rank must be below distributed_world_size, {world_size}; got"):
         place(world_size, rank, "tcp://127.0.0.1:1")
+
+
+def test_a_process_that_does_not_come_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "MEETING", timedelta(seconds=1))
+    place = ranks.Place(1, 2, 0, 1, "127.0.0.1", free_port())
+    with pytest.raises(InputError, match=r"the 2 processes .* have not met at 127.0.0.1:.* within 1 s .* rank 1"):
+        ranks.joined(place, "gloo").__enter__()
 
 
 # ---- two processes: what they do (this part runs in each of them)

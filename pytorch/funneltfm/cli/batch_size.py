@@ -1,12 +1,13 @@
 """`funneltfm batch-size`: the largest training batch that fits, for models and lengths."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from funneltfm.cli.flags import BadFlag, FlagParser
+from funneltfm.cli.flags import BadFlag, FlagParser, whole_number
 from funneltfm.errors import InputError
 from funneltfm.files import write_json
 from funneltfm.funnel.config import ModelConfig
@@ -71,9 +72,9 @@ def main(argv: Sequence[str]) -> None:
 
     train_flags = {name: flags[name] for name in (*_TRAIN, *_DEVICE) if name in given}
     guideline = find_batch_sizes(models, lengths, flags["memory_limit"], flags["max_batch"], **train_flags)
+    print(guideline)
     if output is not None:
         write_json(output, guideline.to_dict())
-    print(guideline)
 
 
 def _models(flags: dict[str, Any], given: frozenset[str]) -> dict[str, ModelConfig]:
@@ -91,6 +92,6 @@ def _models(flags: dict[str, Any], given: frozenset[str]) -> dict[str, ModelConf
 
 def _lengths(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
+        return [whole_number(word) for word in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise BadFlag(f"lengths must be whole numbers separated by commas, as in 64,128; got {text!r}.") from None

@@ -12,13 +12,13 @@ def main(argv: Sequence[str]) -> None:
         return train.main(["--pipeline=seq_class", *argv])
     parser = FlagParser(
         GROUPS,
+        elsewhere={"deepspeed": "what DeepSpeed shards, --strategy=fsdp does too, without another package"},
         prog="funneltfm classify",
         description="Finetune a Funnel-Transformer on text classification. With --pre_trained_model, an encoder of "
         "transformers: flags are then those of `funneltfm train --pipeline seq_class`.",
     )
     flags, given = parser.parse(argv)
-    args = make_args(**flags)
-    args.given = given
+    args = make_args(**{name: flags[name] for name in given})
 
     from funneltfm.training.classify import run  # torch and Lightning, only now
 

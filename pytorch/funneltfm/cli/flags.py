@@ -158,6 +158,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise BadFlag: one paragraph, with the closest flag where one was misspelt."""
         unknown = re.findall(r"--(\w+)", message) if "unrecognized" in message else []
+        unknown += re.findall(r"invalid choice: '(\w+)'", message)
         raise BadFlag(f"{brief(message.rstrip('.'), 1000)}.{self._close(unknown)} --help lists all flags.")
 
     def _close(self, names: Sequence[str]) -> str:
@@ -190,7 +191,8 @@ _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,100}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
+    """As in 12 or -3."""
     if not _WHOLE_NUMBER.fullmatch(text):
         raise argparse.ArgumentTypeError(f"expected a whole number, got {brief(repr(text))}")
     return int(text)
@@ -210,7 +212,7 @@ def _reader(kinds: Sequence[Any]) -> tuple[Callable[[str], Any], str]:
     """What reads a word as one of these types, and what the help calls it."""
     if int in kinds and float in kinds:
         return _whole_or_number, "N|X"
-    return {int: (_whole_number, "N"), float: (_number, "X")}.get(kinds[0], (kinds[0], "TEXT"))
+    return {int: (whole_number, "N"), float: (_number, "X")}.get(kinds[0], (kinds[0], "TEXT"))
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:

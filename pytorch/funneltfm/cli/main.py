@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from funneltfm.errors import InputError, Stopped
+from funneltfm.errors import InputError, Stopped, brief
 
 VERBS = {
     "classify": "finetune a Funnel-Transformer on text classification",
@@ -52,12 +52,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"funneltfm {verb}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadFlag) else getattr(error, "exit_code", 1)
+    except (MemoryError, RuntimeError) as error:
+        if FlagParser.debug or not _out_of_memory(error):
+            raise
+        print(
+            f"funneltfm {verb}: error: out of memory ({brief(str(error), 300)}). Take a smaller batch, shorter texts "
+            f"or a smaller model, or --gradient_checkpointing; `funneltfm batch-size` finds what fits.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
         if str(error) or not isinstance(error, Stopped):
             print(f"\nfunneltfm {verb}: stopped. {error}".rstrip(), file=sys.stderr)
         return 128 + signum
     return 0
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Of numpy, or of torch, which has an own class for it on GPUs alone."""
+    told = ("allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in told)
 
 
 class _TqdmHandler(logging.StreamHandler):

@@ -2,6 +2,8 @@
 makes padding masks.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -138,6 +140,10 @@ class StepSampler:
         self.lengths, self.seed, self.by_length, self.draw = lengths, seed, by_length, draw
         self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
         self.batch_size = batch_size
+        if accumulate > max(1, len(lengths)):
+            raise InputError(
+                f"a step of {accumulate} batches needs as many examples at least, and there are {len(lengths)}."
+            )
         self.steps_per_epoch = len(self._steps(lengths if draw is None else lengths[draw(0)], 0))
         self.per_epoch = self.steps_per_epoch * accumulate
 
@@ -158,7 +164,10 @@ class StepSampler:
 
     def _share(self, step: np.ndarray, turn: int) -> tuple[list[int], float]:
         parts = self.ranks * self.accumulate
-        share = np.array_split(step, parts)[turn * self.ranks + self.rank]
+        number = turn * self.ranks + self.rank
+        size, longer = divmod(len(step), parts)  # the first so many have one more
+        start = number * size + min(number, longer)
+        share = step[start : start + size + (number < longer)]
         if len(share) == 0:
             return [int(step[0])], 0.0
         return share.tolist(), len(share) * parts / len(step)
@@ -199,12 +208,37 @@ def _weighted(collator: Collator, batch: tuple[list[dict[str, Any]], float]) -> 
     return collator(examples) | {"weight": weight}
 
 
+def data_digest(*parts: bytes | np.ndarray) -> str:
+    """SHA-256 of what a run learns from, for its checkpoints. Of an array that is mapped from a file, whose name says
+    what is in it, the name counts.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.memmap):
+            part = os.path.basename(os.path.dirname(str(part.filename))).encode()
+        elif isinstance(part, np.ndarray) and part.dtype == object:
+            part = repr(part.tolist()).encode()
+        content = part if isinstance(part, bytes) else part.tobytes()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def check_digest(state: dict[str, Any], digest: str) -> None:
+    """An InputError where the data of a checkpoint are not those of now."""
+    if digest and state.get("digest", digest) != digest:
+        raise InputError(
+            "the data, its labels or the vocabulary are not those that the run began with, so it cannot go on. Put "
+            "them back as they were, or start another run."
+        )
+
+
 class RunLoader(DataLoader):
     """All the batches of a run in one pass, those of this rank. It remembers how many were taken, so that a resumed
     run goes on with the next.
 
     One pass rather than one per epoch: validation every n steps, the schedule and a resumed run need no rule at
-    epoch borders. A batch has "weight", a number: see `StepSampler`.
+    epoch borders. A batch has "weight", a number: see `StepSampler`. digest: of the data; a run that is resumed must
+    have the same.
     """
 
     def __init__(
@@ -217,6 +251,7 @@ class RunLoader(DataLoader):
         accumulate: int = 1,
         rank: int = 0,
         ranks: int = 1,
+        digest: str = "",
         **kwargs: Any,
     ):
         sampler = _RunSampler(StepSampler(split.lengths, batch_size, seed, accumulate, rank, ranks), epochs)
@@ -230,6 +265,7 @@ class RunLoader(DataLoader):
             **kwargs,
         )
         self.run_sampler = sampler
+        self.digest = digest
         self.taken = 0
 
     @property
@@ -247,10 +283,11 @@ class RunLoader(DataLoader):
             self.taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken, "total": len(self)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken, "total": len(self), "digest": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_digest(state, self.digest)
         if state["total"] != len(self):
             raise InputError(
                 f"the run has {state['total']} batches in its checkpoint and {len(self)} now: the training data has "

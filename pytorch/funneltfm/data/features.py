@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from funneltfm.data.batching import StepSampler
+from funneltfm.data.batching import StepSampler, check_digest
 from funneltfm.errors import InputError
 
 Example = dict[str, Any]  # input_ids, and what else its task has made
@@ -129,7 +129,8 @@ class TrainLoader(DataLoader):
     of the step, without those of weight 0.
 
     prepare: makes of (example, epoch) what is trained on, for objectives that corrupt their input; it must depend on
-    the example's "index" and the epoch alone, whichever worker calls it. batches: what deals the examples.
+    the example's "index" and the epoch alone, whichever worker calls it. batches: what deals the examples. digest: of
+    the data; a run that is resumed must have the same.
 
     Lightning calls `set_epoch` (through `sampler`), and keeps `state_dict` in checkpoints.
     """
@@ -141,8 +142,10 @@ class TrainLoader(DataLoader):
         batches: StepSampler,
         prepare: Callable[[Example, int], Example] | None = None,
         seed: int = 0,
+        digest: str = "",
         **kwargs: Any,
     ):
+        self.digest = digest
         super().__init__(
             _Drawn(features, prepare),
             batch_size=None,
@@ -161,11 +164,12 @@ class TrainLoader(DataLoader):
                 sampler.taken += 1
                 yield batch | {"step_sizes": sizes}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
-        return {"epoch": sampler.epoch, "taken": sampler.taken, "per_epoch": len(sampler)}
+        return {"epoch": sampler.epoch, "taken": sampler.taken, "per_epoch": len(sampler), "digest": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_digest(state, self.digest)
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
         if state["per_epoch"] != len(sampler):
             raise InputError(

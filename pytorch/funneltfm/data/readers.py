@@ -219,7 +219,7 @@ def get_dataset(name: str) -> DatasetSpec:
     close = dict.fromkeys(by_name[match].name for match in difflib.get_close_matches(_plain(name), by_name))
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise InputError(
-        f"dataset must be one of {', '.join(DATASETS)}, got {name!r}.{hint} Your own data: see custom_dataset."
+        f"dataset must be one of {', '.join(DATASETS)}, got {name!r}.{hint} Your own data: --dataset=custom."
     )
 
 

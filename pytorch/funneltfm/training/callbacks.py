@@ -57,6 +57,7 @@ def logs_at(step: int, every: int, total: int | None) -> bool:
 
 def validation_steps(total: int, n_valid: int) -> set[int]:
     """`n_valid` steps evenly spaced over `total`, the last one included; fewer where there are fewer steps."""
+    n_valid = min(n_valid, total)
     return {max(1, round(total * i / n_valid)) for i in range(1, n_valid + 1)}
 
 
@@ -158,7 +159,7 @@ class History(Callback):
             Diverged(
                 f"the training loss is {loss} at step {step} (epoch {step / self.per_epoch:.2f}), on the examples with "
                 f"the ids {', '.join(names[:32])}{', ...' if len(names) > 32 else ''}. Training has diverged: "
-                f"{self.advice}. The checkpoint before is kept."
+                f"{self.advice}. What was saved before is kept."
             )
         )
 
@@ -298,7 +299,7 @@ class SaveRun(Checkpoint):
             raise KeyboardInterrupt  # asked twice
         self.signum = signum
         if ranks.is_main():
-            os.write(2, b"\nstopping after this step ...\n")  # safe in a signal handler, unlike print
+            os.write(2, b"\nstopping after this step, or validation ...\n")  # safe in a signal handler, unlike print
 
     # ---- saving
 

@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from funneltfm.errors import InputError
@@ -52,20 +54,35 @@ def _digest(path: Path, without: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def newest_whole(paths: list[Path]) -> Path:
-    """The first of `paths`, which go from new to old, that is whole; a damaged one is named and passed over."""
+def newest_whole(paths: list[Path], shapes: Mapping[str, torch.Size] | None = None) -> Path:
+    """The first of `paths`, which go from new to old, that is whole and of this run; another is named and passed over.
+
+    shapes: of the tensors that the model has; without them what a file holds is not looked at.
+    """
     there = [path for path in paths if path.is_file()]
     if not there:
         raise InputError(f"there is nothing to resume: no checkpoint in {paths[0].parent}. Start without --resume.")
     for path in there:
-        if is_whole(path):
+        wrong = _foreign(path, shapes) if is_whole(path) else "damaged"
+        if not wrong:
             return path
         older = there[there.index(path) + 1 :]
-        log.warning("the checkpoint %s is damaged%s", path, f"; trying {older[0].name}" if older else "")
+        log.warning("the checkpoint %s is %s%s", path, wrong, f"; trying {older[0].name}" if older else "")
     raise InputError(
-        f"every checkpoint of the run is damaged ({', '.join(map(str, there))}): cut short, changed, or not written by "
-        f"this program. Restore one, or start the run anew with --overwrite."
+        f"every checkpoint of the run is damaged or foreign ({', '.join(map(str, there))}): cut short, changed, of "
+        f"another model, or not written by this program. Restore one, or start the run anew with --overwrite."
     )
+
+
+def _foreign(path: Path, shapes: Mapping[str, torch.Size] | None) -> str:
+    """What a whole file is if training cannot go on from it, else nothing."""
+    if shapes is None:
+        return ""
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not {"state_dict", "optimizer_states", "loops", "rng"} <= content.keys():
+        return "not of a training that can go on"
+    found = {name: value.shape for name, value in content["state_dict"].items()}
+    return "" if found.items() >= shapes.items() else "of another model"
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -18,7 +18,7 @@ import yaml
 
 from funneltfm.data.batching import Collator, RunLoader, TokenBudget, eval_loader
 from funneltfm.errors import InputError, Stopped
-from funneltfm.files import atomic_path, write_json, write_text
+from funneltfm.files import atomic_path, existing_file, write_json, write_text
 from funneltfm.funnel.checkpoints import save_checkpoint
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.training import plots, ranks
@@ -98,10 +98,11 @@ def _run(args: Args, devices: Devices) -> dict[str, Any]:
     data = ranks.main_first(lambda: load_data(args))
     find = functools.partial(find_run, args.model_dir, data.task.spec.name, goes_on(args), args.overwrite)
     run_dir = ranks.main_decides(find)
-    resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable)) if args.resume else None
     lightning.seed_everything(args.seed, verbose=False)
     os.environ.pop("PL_GLOBAL_SEED", None)  # to which Lightning's strategies would put every process back
     model = ranks.main_first(lambda: make_model(args, data, run_dir))
+    shapes = {f"model.{name}": value.shape for name, value in model.state_dict().items()}
+    resume_from = ranks.main_decides(lambda: newest_whole(run_dir.resumable, shapes)) if args.resume else None
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -114,6 +115,8 @@ def _run(args: Args, devices: Devices) -> dict[str, Any]:
             run_dir.clear()  # only now: whatever could be wrong with the new run would have shown
     path = Path(args.log_path) if args.log_path else run_dir.root / "log.txt"
     append = args.resume or args.test_only
+    if ranks.main_decides(lambda: args.log_path is not None and path.exists() and not (append or args.overwrite)):
+        ranks.fail(InputError(f"--log_path={path} is there already. Name another, or give --overwrite to replace it."))
     with log_file(path if ranks.is_main() else None, append), quiet():
         if ranks.is_main():
             run_dir.root.mkdir(parents=True, exist_ok=True)  # after the log file, which may be elsewhere and impossible
@@ -219,7 +222,9 @@ def _train(
     train = data.splits["train"]
     accumulate = args.accumulate_grad_batches
     train_bsz, valid_bsz = (_batches(args, collator, size) for size in (args.train_bsz, args.valid_bsz))
-    train_loader = RunLoader(train, collator, train_bsz, args.epochs, args.seed, accumulate, **own)
+    train_loader = RunLoader(
+        train, collator, train_bsz, args.epochs, args.seed, accumulate, digest=data.digest(), **own
+    )
     valid_loaders = [eval_loader(data.splits[split], collator, valid_bsz, **own) for split in data.valid]
     total, per_epoch = train_loader.steps, train_loader.steps_per_epoch
     main = f"{data.valid[0]}/{data.task.main_metric}"
@@ -270,7 +275,8 @@ def _train(
 
 
 def _best_state(run_dir: RunDir) -> dict[str, torch.Tensor]:
-    state = WholeCheckpoints().load_checkpoint(run_dir.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)
+    path = existing_file(run_dir.checkpoints / "best.ckpt", "the best checkpoint of the run")
+    state = WholeCheckpoints().load_checkpoint(path, map_location="cpu", weights_only=True)
     return {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
 
 

@@ -203,6 +203,7 @@ GROUPS: tuple[Group, ...] = (
     ("Devices and precision", DeviceFlags, ()),
 )
 
+_PATH_ENDINGS = ("_dir", "_path", "_file", "_ckpt", "_dataset")
 _POSITIVE = ("lr", "epochs", "train_bsz", "accumulate_grad_batches", "valid_bsz", "test_bsz", "n_valid", "n_log_epoch")
 _NOT_NEGATIVE = (
     *(
@@ -248,6 +249,8 @@ def typed_args(
             raise InputError(f"there is no flag {unknown[0]}: {elsewhere[unknown[0]]}.")
         raise InputError(f"unknown flag {', '.join(unknown)}; `funneltfm {verb} --help` lists them.")
     flags = {name: _checked(name, fields[name].type, value) for name, value in flags.items()}
+    if empty := [name for name, value in flags.items() if value == "" and name.endswith(_PATH_ENDINGS)]:
+        raise InputError(f"{empty[0]} is empty. Name a path, or leave the flag out.")
     args = Args(**{name: field.default for name, field in fields.items()} | flags)
     args.given = frozenset(flags)
     return args
@@ -318,6 +321,11 @@ def _check(args: Args) -> None:
     for name, value in args.flags().items():
         if isinstance(value, int) and value >= (limit := 2**32 if name == "seed" else 2**31):
             raise InputError(f"{name} must be below {limit}; got {value}.")
+    check_workers(args.num_workers)
+    if args.overwrite and (args.resume or args.test_only):
+        raise InputError(
+            f"--overwrite removes the run that --{'resume' if args.resume else 'test_only'} needs; give one of them."
+        )
     if not 0 <= args.warmup_prop <= 1:
         raise InputError(f"warmup_prop must be between 0 and 1; got {args.warmup_prop}.")
     if args.min_lr > args.lr:
@@ -341,6 +349,12 @@ def _check(args: Args) -> None:
                 "--strategy fsdp goes with fp32 weights (no half precision, or --bf16 --amp_opt O1), and not with "
                 "--launcher ray or --ddp_backend apex."
             )
+
+
+def check_workers(number: int, what: str = "num_workers") -> None:
+    """An InputError for more processes than any machine of this size is for."""
+    if number > (most := max(64, 4 * (os.cpu_count() or 1))):
+        raise InputError(f"{what} must be at most {most} on this machine; got {number}.")
 
 
 def read_yaml(path: str | os.PathLike[str], what: str, loader: str = "SafeLoader") -> Any:

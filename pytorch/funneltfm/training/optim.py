@@ -1,5 +1,6 @@
 """AdamW with the right weight-decay groups, and the learning-rate schedule."""
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, apex: bool = Fa
     return AdamW(groups, fused=True, **settings)
 
 
+@functools.cache  # one line for each
 def from_apex(name: str, instead: str) -> Any:
     """What the installed apex offers under `name`, or None; then one line says what runs instead."""
     module, _, attribute = name.rpartition(".")

@@ -1,6 +1,7 @@
 """The processes of a run: who am I, and what do we agree on. With one process every answer is trivial."""
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -12,9 +13,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=10)  # to wait for processes that are started by hand, or by SLURM
 LAUNCHER = "FUNNELTFM_LAUNCHER"  # environment variable: the process that has started this one and watches it
 
 
@@ -190,14 +194,15 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
     if dist.is_torchelastic_launched():
         _end_with(int(os.environ.get(LAUNCHER, os.getppid())))
     # A process may wait for long while the main one encodes a large set; one that is gone is noticed at once.
-    dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(days=1))
+    store = None if dist.is_torchelastic_launched() else _meet(place)
+    dist.init_process_group(backend, None, timedelta(days=1), place.size, place.rank, store)
     try:
         yield
         dist.barrier()  # the store lives in the main process: none leaves before all are done
     except RuntimeError as error:
-        if "peer" not in str(error):
+        if not any(word in str(error) for word in ("peer", "Broken pipe")):
             raise
-        if is_main():  # the other process has said why, or its launcher will
+        if is_main() or not dist.is_torchelastic_launched():  # the other process has said why, or its launcher will
             raise InputError("another process of the run has ended, so this one cannot go on.") from error
         raise SystemExit(1) from None
     finally:
@@ -205,6 +210,20 @@ def joined(place: Place | None, backend: str) -> Iterator[None]:
         for name, value in had.items():
             if value is None:
                 del os.environ[name]
+
+
+def _meet(place: Place) -> dist.Store:
+    """Where processes that nobody watches find each other: one that does not come is an error after a while."""
+    if place.rank:
+        log.info("process %d of %d looks for the first one at %s:%d", place.rank, place.size, place.address, place.port)
+    try:
+        return dist.TCPStore(place.address, place.port, place.size, place.rank == 0, timeout=MEETING)
+    except RuntimeError as error:
+        raise InputError(
+            f"the {place.size} processes of the run have not met at {place.address}:{place.port} within "
+            f"{MEETING.total_seconds():.0f} s (this is rank {place.rank}). Start one for each rank from 0 on, all with "
+            f"the same address, at which the first one must be able to listen. ({brief(str(error), 200)})"
+        ) from error
 
 
 def _end_with(parent: int) -> None:

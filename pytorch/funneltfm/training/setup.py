@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from funneltfm.data.batching import data_digest
 from funneltfm.data.encoding import EncodedSplit, EncodingConfig, load_split
 from funneltfm.data.readers import DatasetSpec, custom_dataset, get_dataset, read_split, source_files
 from funneltfm.data.tokenization import Tokenizer, get_tokenizer
@@ -23,7 +24,7 @@ from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.baselines import baselines
 from funneltfm.tasks.classification import Classification
 from funneltfm.training import ranks
-from funneltfm.training.config import MODEL_SKIP, Args, make_args, read_yaml, size_beside
+from funneltfm.training.config import MODEL_SKIP, Args, check_workers, flag_fields, make_args, read_yaml, size_beside
 from funneltfm.training.optim import from_apex
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.rundir import RunDir, find_run, read_labels
@@ -43,6 +44,12 @@ class Data:
     vocabulary: bytes
     """The tokenizer's file."""
     splits: dict[str, EncodedSplit]
+
+    def digest(self) -> str:
+        """Of all that a run learns from and is chosen by: another one is another run."""
+        names = ("train", *self.valid)
+        arrays = [array for name in names for array in vars(self.splits[name]).values()]
+        return data_digest(self.vocabulary, repr(self.task.spec.labels).encode(), *arrays)
 
     def sizes(self) -> str:
         return ", ".join(f"{len(encoded)} {split}" for split, encoded in self.splits.items())
@@ -98,6 +105,8 @@ def with_run_flags(args: Args) -> Args:
     name = task_name(args) if args.model_dir is None else ""
     run_dir = find_run(args.model_dir, name, going_on=True, overwrite=False)
     if not run_dir.config.is_file():
+        if args.dataset is None:
+            raise InputError(f"there is no run to go on with in {run_dir.root}: it has no {run_dir.config.name}.")
         return args
     dropped = {"resume", "overwrite"}
     if args.test_only:
@@ -114,8 +123,10 @@ def with_run_flags(args: Args) -> Args:
                     f"the run in {run_dir.root} was started with --{key}={saved[key]}, so it cannot go on with "
                     f"--{key}={given[key]}. Leave the flag out, or start another run."
                 )
+    defaults = {name: field.default for name, field in flag_fields().items()}
+    chosen = {name: value for name, value in saved.items() if name not in defaults or value != defaults[name]}
     try:
-        merged = make_args(**(saved | given | {"model_dir": str(run_dir.root)}))
+        merged = make_args(**(chosen | given | {"model_dir": str(run_dir.root)}))
     except InputError as error:
         raise InputError(f"in {run_dir.config}: {error}") from error
     merged.given = args.given
@@ -191,7 +202,7 @@ def _net_config(args: Args, data: Data, config_path: Path | None) -> ModelConfig
     classes.
     """
     flags = {name: getattr(args, name) for name in ModelConfig.names() if name not in MODEL_SKIP}
-    flags["vocab_size"] = args.vocab_size or data.tokenizer.vocab_size
+    flags["vocab_size"] = data.tokenizer.vocab_size if args.vocab_size is None else args.vocab_size
     if args.model_size:
         flags |= size_beside(args.model_size, {name: flags[name] for name in args.given & flags.keys()})
     source = Args(**flags, overwrite_keys=args.overwrite_keys)
@@ -211,8 +222,7 @@ def _net_config(args: Args, data: Data, config_path: Path | None) -> ModelConfig
         raise InputError(
             f"the vocabulary does not match the model: {args.tokenizer_path} has {data.tokenizer.vocab_size} pieces, "
             f"{config_path or '--vocab_size'} says {config.vocab_size}. Give the vocabulary that belongs to the "
-            "checkpoint; if its table is meant to be larger than the vocabulary, say so with "
-            f"--vocab_size={config.vocab_size}."
+            "checkpoint; a table that is meant to be larger than the vocabulary must be named with --vocab_size."
         )
     return dataclasses.replace(config, num_class=data.task.num_class, pad_id=data.tokenizer.pad_id)
 
@@ -229,6 +239,8 @@ def make_model(args: Args, data: Data, run_dir: RunDir) -> FunnelTFM:
     if ckpt is None:
         if args.init_ckpt_config:
             raise InputError("--init_ckpt_config was given without --init_ckpt.")
+        if args.overwrite_keys:
+            raise InputError("--overwrite_keys is about the config of --init_ckpt, which was not given.")
         return FunnelTFM(_net_config(args, data, None))
     existing_file(ckpt, "the checkpoint")
     trained = read_labels(ckpt)
@@ -258,11 +270,18 @@ def take_place(args: Args) -> ranks.Place | None:
             raise InputError(f"--distributed_world_size={wanted}, but the launcher has started {place.size} processes.")
         args.distributed_world_size = place.size
         args.given |= {"distributed_world_size"}
+    elif "distributed_rank" in args.given:
+        raise InputError(
+            "--distributed_rank is for processes that are started by hand: give --distributed_init_method=tcp://HOST:"
+            "PORT too, or leave it out and all processes are started here."
+        )
     elif args.launcher == "ray" and wanted == 1:
         raise InputError("--launcher=ray is for several processes: say how many with --distributed_world_size.")
     elif wanted == 0:
         gpus = torch.cuda.device_count() if args.device_id >= 0 else 0
         args.distributed_world_size = gpus or 2
+    elif args.launcher != "ray":
+        check_workers(wanted, "distributed_world_size")
     return place
 
 

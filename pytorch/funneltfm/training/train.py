@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from funneltfm.data.batching import StepSampler
+from funneltfm.data.batching import StepSampler, data_digest
 from funneltfm.data.columns import filtered
 from funneltfm.data.features import Example, Features, TrainLoader, eval_loader
 from funneltfm.data.kept import kept
@@ -359,7 +359,7 @@ def _resume_from(args: Args, outputs: Outputs) -> Path | None:
         if not Path(args.ckpt_path).is_file():
             raise InputError(f"--ckpt_path={args.ckpt_path}: there is no such file.")
         return Path(args.ckpt_path)
-    return newest_whole(outputs.resumable) if args.resume else None
+    return newest_whole(outputs.resumable, {}) if args.resume else None
 
 
 def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[dict[str, Split], Mixture | None]:
@@ -462,8 +462,18 @@ def _train_loader(
     )
     prepare = Prepare(module.tasks, text, args.seed)
     collate = _collate(args, module, text, module.teachers)
-    loader = TrainLoader(train.features, collate, batches, prepare, args.seed, **_loading(args))
+    digest = _digest(args, module, text)
+    loader = TrainLoader(train.features, collate, batches, prepare, args.seed, digest, **_loading(args))
     return loader, train.features.plain["row"]
+
+
+def _digest(args: Args, module: TaskModule, text: TextEncoder) -> str:
+    """Of what is learned from and what the best model is chosen by."""
+    arrays = []
+    for split in (module.splits[name] for name in ("train", "valid") if name in module.splits):
+        features = split.features
+        arrays += [*features.plain.values(), *(array for pair in features.ragged.values() for array in pair)]
+    return data_digest(text.fingerprint.encode(), *arrays)
 
 
 def _stream_loader(

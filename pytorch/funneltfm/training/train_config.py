@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, own_flags, task_names
-from funneltfm.training.config import Args, Group, flag_fields, typed_args
+from funneltfm.training.config import Args, Group, check_workers, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
 
@@ -230,6 +230,7 @@ class TrainerFlags:
 # The trainer's other arguments.
 TRAINER_ELSEWHERE = {
     "logger": "give --loggers",
+    **dict.fromkeys(("fp16", "bf16", "amp_opt"), "give --precision, as in --precision bf16-mixed"),
     "default_root_dir": "give --output_dir",
     "callbacks": "the run has its own; from Python, train a TaskModule with a trainer of yours",
     "plugins": "the run has its own; from Python, train a TaskModule with a trainer of yours",
@@ -491,6 +492,7 @@ def _check_ranges(args: Args) -> None:
     for flag in ("min_epochs", "min_steps"):
         if getattr(args, flag) is not None and not args.early_stopping and args.max_time is None:
             raise InputError(f"--{flag} holds back --early_stopping and --max_time. Give one of them, or leave it out.")
+    check_workers(args.num_workers)
     for seed in (args.seed, *(args.seeds or ())):
         if not 0 <= seed < 2**32:
             raise InputError(f"seeds must be from 0 to {2**32 - 1}; got {seed}.")
