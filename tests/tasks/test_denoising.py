@@ -1,5 +1,6 @@
 """Denoising: what is corrupted, what the targets are, and whole runs of BART and T5."""
 
+import copy
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from tokenizers import processors
 
 from funneltfm.data.features import Features
 from funneltfm.data.text import NO_WORD, TextEncoder
@@ -68,6 +70,17 @@ def test_infilling(kind: str, flags: dict[str, Any], tokenizers: dict[str, Any])
                 steps = iter(ids.tolist())
                 assert all(token in steps for token in left.tolist())  # a subsequence
     assert (moved > 0) == bool(flags.get("shuffle_sentences"))
+
+
+def test_a_tokenizer_without_ends(tokenizers: dict[str, Any]) -> None:
+    """The target has one all the same."""
+    tokenizer = copy.deepcopy(tokenizers["byte_level"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    text, task = TextEncoder(tokenizer, 48), task_of()
+    example = features_of(task, text)[0]
+    assert text.end_id not in example["input_ids"]
+    target = Prepare([task], text, 0)(example, 0)["denoising_labels"]
+    assert target.tolist() == [*example["input_ids"], text.end_id]
 
 
 def test_shuffled_sentences_are_whole(tokenizers: dict[str, Any]) -> None:
