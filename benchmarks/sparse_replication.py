@@ -1,17 +1,18 @@
 #!/usr/bin/env python
 """Sparse against dense masked language modelling at the size of a CPU, cell by cell.
 
-    python benchmarks/sparse_replication.py --data_dir DATA                      # all cells: days on a CPU
+    python benchmarks/sparse_replication.py --data_dir DATA                      # all cells: hours on a CPU
     python benchmarks/sparse_replication.py --data_dir DATA 'bert-*_80-*-0' 'bert-dense-*-0'
     python benchmarks/sparse_replication.py --table                              # of what is finished
 
-DATA has wikitext-2/wiki.{train,valid}.tokens. A cell is MODEL-ARM-RECIPE-SEED: bert or funnel; dense, or static,
-rescaled (static, weights rescaled at the start), rigl_2021 (as the original did it), rigl (as its paper), gradual, each
-_80 or _90; plain, kd, onecycle, kd_onecycle; 0, 1, 2. The cells are the experiments replication-* of `funneltfm run`,
-with the teacher of a model trained before its first cell with kd. What is finished is skipped, what was cut short goes
-on, and what another process is at work on is left to it, so the command may be called for any cells at any time.
+DATA has wikitext-2/wiki.{train,test}.tokens. A cell is MODEL-ARM-RECIPE-SEED: bert or funnel; dense, or static,
+rescaled (static, weights rescaled at the start), rigl_2021 (as the original did it), rigl (as its paper), gradual,
+gradual_global (the matrices compete), each _80 or _90; plain, kd, onecycle, kd_onecycle; 0, 1, 2. The cells are the
+experiments replication-* of `funneltfm run`, with the teacher of a model trained before its first cell with kd. They
+are run in this process, which saves each the seconds that one takes to start. What is finished is skipped, and what
+another process is at work on is left to it, so the command may be called for any cells at any time.
 
-Of the finished cells the table gives the perplexity on the validation text (mean and spread over seeds), and over the
+Of the finished cells the table gives the perplexity on the test text (mean and spread over seeds), and over the
 seeds that both have:
   R_recipe   perplexity / that of the plain dense model    (what the original reported)
   R_equal    perplexity / that of the dense model with the same recipe
@@ -25,13 +26,14 @@ import platform
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from sparse_overhead import cpu_name
 
+from funneltfm.cli.main import main as funneltfm
 from funneltfm.data.sources import open_rows
 from funneltfm.errors import InputError, Stopped
 from funneltfm.experiments.registry import Experiments
@@ -61,15 +63,14 @@ def main() -> int:
     parser.add_argument("cells", nargs="*", default=["*"], help="cells by name, or globs")
     parser.add_argument("--data_dir", default="data", help="folder with wikitext-2 in it (default data)")
     parser.add_argument("--output_dir", default="outputs/replication", help="of the runs (default outputs/replication)")
-    parser.add_argument("--steps", type=int, default=2000, help="of a cell; a teacher takes three times as many")
-    parser.add_argument("--vocab_size", type=int, default=8000, help="pieces of the vocabulary (default 8000)")
+    parser.add_argument("--steps", type=int, default=800, help="of a cell; a teacher takes three times as many")
+    parser.add_argument("--vocab_size", type=int, default=4000, help="pieces of the vocabulary (default 4000)")
     parser.add_argument("--accelerator", default="cpu", help="as of funneltfm train (default cpu)")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a little text: a test of the code")
-    parser.add_argument("--keep", action="store_true", help="keep checkpoints and models of cells, not scores alone")
+    parser.add_argument("--keep", action="store_true", help="keep the models of cells, not scores alone")
     parser.add_argument("--table", action="store_true", help="run nothing: the table of what is finished")
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         experiments = Experiments()
         if not args.table:
@@ -137,23 +138,23 @@ def run(experiments: Experiments, name: str, args: argparse.Namespace) -> None:
     moves = arm.startswith(("rigl", "gradual"))
     train(experiments, name, args.steps, {"sparsity_interval": max(1, args.steps // 40)} if moves else {}, args)
     if not args.keep:
-        for kind in ("checkpoints", "pre_trained_models"):
-            shutil.rmtree(Path(args.output_dir, kind, name), ignore_errors=True)
+        shutil.rmtree(Path(args.output_dir, "pre_trained_models", name), ignore_errors=True)
 
 
 def train(experiments: Experiments, name: str, steps: int, more: Mapping[str, Any], args: argparse.Namespace) -> None:
-    overrides: dict[str, Any] = {
-        "max_steps": steps,
-        "val_check_interval": steps,
-        "check_val_every_n_epoch": None,
-        "accelerator": args.accelerator,
-        **more,
-    }
+    overrides: dict[str, Any] = {"max_steps": steps, "accelerator": args.accelerator, **more}
     if args.smoke:
-        overrides |= {"train_shard_dataset": 100, "valid_shard_dataset": 200, **SMOKE[name.split("-")[1]]}
+        overrides |= {"train_shard_dataset": 100, "test_shard_dataset": 200, **SMOKE[name.split("-")[1]]}
     settings = Settings(data_dir=args.data_dir, output_dir=args.output_dir, overrides={"": overrides})
-    runner = Runner(experiments, settings)
-    runner.execute(experiments.get(name))
+    Runner(experiments, settings, run_in_process).execute(experiments.get(name))
+
+
+def run_in_process(words: Sequence[str], keep: Sequence[int] = ()) -> int:
+    """Run `funneltfm WORDS` here; its exit code. Raises Stopped where a signal ended it."""
+    code = funneltfm(words)
+    if code > 128:
+        raise Stopped(code - 128, "The same command begins with the cell that was cut short.")
+    return code
 
 
 # ---- the table
@@ -170,7 +171,7 @@ def finished(experiments: Experiments, output: Path) -> tuple[Cells, dict[str, d
         if path.is_file():
             model, arm, recipe, seed = parts(name)
             results[name] = read_json(path, "the results of")
-            cells.setdefault((model, arm, recipe), {})[seed] = results[name]["valid"]["masked_lm/perplexity"]
+            cells.setdefault((model, arm, recipe), {})[seed] = results[name]["test"]["masked_lm/perplexity"]
     if len({one["steps"] for one in results.values()}) > 1:
         steps = {name: one["steps"] for name, one in results.items()}
         raise InputError(f"the cells in {output} have not the same number of steps: {steps}. Use one folder for each.")
@@ -238,7 +239,7 @@ def report(experiments: Experiments, args: argparse.Namespace) -> dict[str, Any]
         },
         "rows": rows,
         "cells": {
-            name: {key: one[key] for key in ("steps", "train_seconds", "valid", "density") if key in one}
+            name: {key: one[key] for key in ("steps", "train_seconds", "test", "density") if key in one}
             for name, one in results.items()
         },
         "table": as_markdown(rows),

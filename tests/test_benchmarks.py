@@ -148,8 +148,8 @@ def test_cells_of_the_replication() -> None:
 
     module, experiments = replication(), Experiments()
     names = module.chosen(experiments, ["*"])
-    assert len(names) == 2 * 11 * 4 * 3
-    assert len(module.chosen(experiments, ["bert-*_80-kd-0"])) == 5
+    assert len(names) == 2 * 13 * 4 * 3
+    assert len(module.chosen(experiments, ["bert-*_80-kd-0"])) == 6
     assert module.parts("replication-bert-rigl_2021_80-kd_onecycle-2") == ("bert", "rigl_2021_80", "kd_onecycle", 2)
     plain = experiments.get("replication-bert-static_80-plain-1").stages["pretrain"]
     both = experiments.get("replication-bert-static_80-kd_onecycle-1").stages["pretrain"]
@@ -171,7 +171,7 @@ def test_cells_of_the_replication() -> None:
 def test_sparse_replication(tmp_path: Path) -> None:
     (tmp_path / "wikitext-2").mkdir()
     rng = random.Random(0)
-    for split, n in (("train", 3000), ("valid", 600)):
+    for split, n in (("train", 3000), ("test", 600)):
         lines = (" ".join(rng.choices(["a", "film", "of", "the", "town", "<unk>", "music"], k=12)) for _ in range(n))
         (tmp_path / "wikitext-2" / f"wiki.{split}.tokens").write_text("\n".join(lines) + "\n")
     words = ["--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--steps", "8", "--smoke", "--vocab_size", "60"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from funneltfm.errors import InputError
 from funneltfm.funnel.config import ModelConfig
@@ -180,6 +181,34 @@ def test_what_is_kept_in_which_type(level: str, dtype: str, model: type[nn.Modul
     n_master = sum(p.dtype == half for p in watched.model.parameters())
     assert len(watched.precision._masters) == n_master
     assert (watched.precision.scaler is not None) == (dtype == "fp16" and level != "O3")
+
+
+class OfTransformers(nn.Module):
+    """With a norm that is none of torch's: it multiplies half by its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+        self.norm = LlamaRMSNorm(8)
+        self.outer = nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.outer(self.norm(self.table(ids).mean(dim=1)))
+
+
+class Rms(OfTransformers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(8)
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("model", [OfTransformers, Rms])
+def test_norms_of_every_kind_stay_fp32_in_o2(model: type[nn.Module], dtype: str) -> None:
+    watched = train("O2", dtype, n=2, model=model)
+    types = {name: parameter.dtype for name, parameter in watched.model.named_parameters()}
+    assert types.pop("norm.weight") == torch.float32
+    assert {*types.values(), *watched.logits} == {TYPES[dtype]}
 
 
 def test_masters_are_finer_than_the_weights_in_o2_and_not_in_o3() -> None:

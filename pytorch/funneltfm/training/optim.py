@@ -15,18 +15,18 @@ from funneltfm.errors import InputError
 log = logging.getLogger(__name__)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices and tables decay; biases (r_w_bias and its like too) and norms do not.
-
-    A norm is a module whose class, or a parent of it, has "norm" in its name: so are all of torch and of transformers
-    5.23, and nothing else there that has parameters of its own. Frozen parameters are left out.
+def is_norm(module: nn.Module) -> bool:
+    """A norm is a module whose class, or a parent of it, has "norm" in its name: so are all of torch and of
+    transformers 5.23, and nothing else there that has parameters of its own.
     """
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
-        for parameter in module.parameters(recurse=False)
-    }
+    return any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices and tables decay; biases (r_w_bias and its like too) and norms do not. Frozen
+    parameters are left out.
+    """
+    norms = {id(p) for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from funneltfm.errors import InputError
 from funneltfm.training import ranks
+from funneltfm.training.optim import is_norm
 
 Level = Literal["O0", "O1", "O2", "O3"]
 
@@ -38,8 +39,12 @@ LEVELS: dict[str, _Meaning] = {
 _MIN_SCALE = 2.0**-10  # a loss that has to be scaled down this far is not going to be right again
 
 
-def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
+# Torch computes these with fp32 weights on half inputs, and returns half.
+_MIXED = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def _in_fp32(norm: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.float() if isinstance(one, Tensor) else one for one in inputs)
 
 
 class AmpPrecision(Precision):
@@ -82,6 +87,9 @@ class AmpPrecision(Precision):
             return module
         for part in module.modules():
             if self.meaning.masters and is_norm(part):
+                if not isinstance(part, _MIXED):
+                    part.register_forward_pre_hook(_in_fp32)
+                    part.register_forward_hook(self._in_half)
                 continue
             for parameter in part.parameters(recurse=False):
                 if not parameter.is_floating_point() or parameter in self._masters:
@@ -92,6 +100,9 @@ class AmpPrecision(Precision):
                 if buffer.is_floating_point():
                     setattr(part, name, buffer.to(self.dtype))
         return module
+
+    def _in_half(self, norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.to(self.dtype)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
