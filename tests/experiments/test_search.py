@@ -162,10 +162,14 @@ def test_what_is_refused(runner: Any, tiny_yaml: Path, old: str, new: str, said:
         _read(made, made.experiments.get("tiny_search"))
 
 
-def test_tasks_that_are_none(runner: Any) -> None:
-    made = runner(tasks=("colla",))
-    with pytest.raises(InputError, match="no GLUE task 'colla'"):
-        search(made, made.experiments.get("tiny_search"))
+def test_tasks_that_are_none_are_refused_before_anything_runs(runner: Any) -> None:
+    for tasks, name, there in (
+        ("colla", "tiny_search", "cola, rte"),
+        ("sst2", "tiny_search", "cola, rte"),
+        ("cola", "tiny", "none"),
+    ):
+        with pytest.raises(InputError, match=rf"--tasks {tasks}: no experiment of these has .*; there are {there}\."):
+            runner(tasks=(tasks,)).run([name])
 
 
 def test_the_searches_that_are_shipped_can_be_read() -> None:

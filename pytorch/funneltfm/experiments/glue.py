@@ -248,7 +248,7 @@ def task_flags(
         raise InputError(f"{experiment.name}: glue: unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}.")
     if not isinstance(glue.get("tasks"), dict) or not glue["tasks"] or "model" not in glue:
         raise InputError(f"{experiment.name}: glue needs model, and tasks with some of {', '.join(GLUE)}.")
-    for task in (*glue["tasks"], *(tasks or ())):
+    for task in glue["tasks"]:
         if task not in GLUE:
             raise InputError(f"{experiment.name}: there is no GLUE task {task!r}; there are {', '.join(GLUE)}.")
     best = _best(runner, experiment)

@@ -94,7 +94,13 @@ class Runner:
             raise InputError(f"{len(failed)} of {len(names)} experiments failed. {told}")
 
     def _check_overrides(self, chosen: Sequence[Experiment]) -> None:
-        known = {stage for one in chosen for stage in (*one.stages, *(one.glue.get("tasks") or ()))}
+        tasks = {task for one in chosen for kind in (one.glue, one.search) for task in kind.get("tasks") or ()}
+        if unknown := sorted(set(self.settings.tasks or ()) - tasks):
+            raise InputError(
+                f"--tasks {unknown[0]}: no experiment of these has such a GLUE task; there are "
+                f"{', '.join(sorted(tasks)) or 'none'}."
+            )
+        known = tasks.union(*(one.stages for one in chosen))
         known |= {kind for one in chosen for kind in ("glue", "search") if getattr(one, kind)}
         if unknown := sorted(set(self.settings.overrides) - known - {""}):
             raise InputError(

@@ -142,8 +142,6 @@ def _read(
     holdout = asked.get("holdout", 0.1)
     if not isinstance(holdout, float) or not 0 < holdout <= 0.5:
         raise InputError(f"{name}: holdout must be more than 0 and at most 0.5; got {holdout!r}.")
-    if unknown := sorted(set(runner.settings.tasks or ()) - set(GLUE)):
-        raise InputError(f"{name}: there is no GLUE task {unknown[0]!r}; there are {', '.join(GLUE)}.")
     spaces = {}
     for task, own in asked["tasks"].items():
         if task not in GLUE or task not in (source.glue.get("tasks") or {}):
