@@ -7,8 +7,8 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,17 @@ class Positions(NamedTuple):
         return self.start + self.stride * torch.arange(self.length, device=device)
 
 
+class _Once:
+    """functools.cached_property without its lock, which torch.compile cannot take (until Python 3.12)."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make, self.name = make, make.__name__
+
+    def __get__(self, structure: Any, owner: type) -> Any:
+        made = structure.__dict__[self.name] = self.make(structure)
+        return made
+
+
 @dataclass(frozen=True)
 class AttentionStructure:
     """What the layers of one block share: who is where, in which segment, and which keys are padding."""
@@ -54,7 +65,7 @@ class AttentionStructure:
     """Position and segment terms are zero in the row and the column of the first token."""
     path: AttentionPath = "auto"
 
-    @cached_property
+    @_Once
     def same_segment(self) -> Tensor | None:
         """(B, Tq, Tk) bool, True where both are in one segment."""
         if self.q_seg is None or self.k_seg is None:
@@ -62,7 +73,7 @@ class AttentionStructure:
         q, k = self.q_seg[:, :, None], self.k_seg[:, None, :]
         return (q == k) | (q == self.seg_id_cls) | (k == self.seg_id_cls)
 
-    @cached_property
+    @_Once
     def columns(self) -> tuple[Tensor | None, Tensor]:
         """The terms of segments and padding as products, for `funnel.chunked`.
 
