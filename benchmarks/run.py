@@ -29,7 +29,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="*", help="batch x tokens, as in 8x128")
     parser.add_argument("--contenders", nargs="*", help="kind and precision; default: as the case has them")
     parser.add_argument("--reps", type=int, default=7, help="rounds in which each takes its turn")
-    parser.add_argument("--seconds", type=float, default=40, help="no new round of a size after these, from the third")
+    parser.add_argument("--seconds", type=float, default=40, help="no new round of a size after these")
     parser.add_argument("--no_memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--profile", action="store_true", help="print where the time of model cases goes, no more")
     parser.add_argument("--width", type=int, default=768, help="d_model; heads of 64, d_inner 4 times as wide")

@@ -260,7 +260,7 @@ def test_model_cases(tmp_path: Path, name: str) -> None:
         (size, who) for size in ("2x16", "1x128") for who in names
     ]
     for row in result["rows"]:
-        assert row["rounds"] == 2
+        assert row["rounds"] == 2 or name == "scaling"  # which takes one where that takes long
         assert row["cpu_s"] > 0
         assert 0 < row["of_best"] < 1
         assert row["before_mib"] > 0

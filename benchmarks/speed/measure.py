@@ -21,18 +21,18 @@ MIB = 2**20
 
 
 def take_turns(
-    steps: dict[str, Callable[[], Any]], reps: int, seconds: float = 1e9, warmup: int = 1
+    steps: dict[str, Callable[[], Any]], reps: int, seconds: float = 1e9, warmup: int = 1, least: int = 3
 ) -> dict[str, dict[str, Any]]:
     """Every step once in each round, after warm-up rounds that do not count, so that what disturbs the machine disturbs
     all. A step that returns `Seconds` has taken its own time. It stops after `reps` rounds, or after `seconds`, but not
-    before the third round.
+    before round `least`.
 
     Returns for each step the medians and quartiles of its seconds, of the wall clock and of this process's CPUs.
     """
     taken: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in steps}
     start = time.perf_counter()
     for turn in range(reps + warmup):
-        if turn >= warmup + min(3, reps) and time.perf_counter() - start > seconds:
+        if turn >= warmup + min(least, reps) and time.perf_counter() - start > seconds:
             break
         for name, step in steps.items():
             gc.collect()
@@ -53,22 +53,22 @@ class Seconds(NamedTuple):
 
 
 class AfterFirstStep:
-    """Seconds from the first optimizer step on, in which the optimizer and the allocator get their memory, stretched to
-    the whole of an epoch's sentences.
-    """
+    """Seconds from the end of the first optimizer step on, for so many sentences as are wanted."""
 
-    def __init__(self, sentences: int):
-        self.sentences = sentences
-        self.start: tuple[int, float, float] | None = None
+    def __init__(self, wanted: int):
+        self.wanted, self.sentences = wanted, 0
+        self.start: tuple[float, float] | None = None
 
     def step_done(self, sentences: int) -> None:
         if self.start is None:
-            self.start = sentences, time.perf_counter(), time.process_time()
+            self.start = time.perf_counter(), time.process_time()
+        else:
+            self.sentences += sentences
 
     def seconds(self) -> Seconds:
         assert self.start is not None
-        first, wall, cpu = self.start
-        stretch = self.sentences / (self.sentences - first)
+        wall, cpu = self.start
+        stretch = self.wanted / self.sentences
         return Seconds((time.perf_counter() - wall) * stretch, (time.process_time() - cpu) * stretch)
 
 

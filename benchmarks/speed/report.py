@@ -70,6 +70,7 @@ def plot(path: Path, rows: list[dict[str, Any]], panels: dict[str, str], over: s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels = {key: label for key, label in panels.items() if any(row.get(key) is not None for row in rows)}
     groups = list(dict.fromkeys(row.get("size") for row in rows)) if over is None else [None]
     height = 4.5 if over else 1 + 0.32 * max(sum(row.get("size") == group for row in rows) for group in groups)
     figure = Figure(figsize=(5.5 * len(panels), height * len(groups)), layout="constrained")

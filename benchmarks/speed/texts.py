@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,24 @@ import lightning
 import numpy as np
 import torch
 
-from funneltfm.data.batching import Collator, RunLoader, TokenBudget, epoch_batches, eval_batches, eval_loader
+from funneltfm.data.batching import (
+    Collator,
+    RunLoader,
+    StepSampler,
+    TokenBudget,
+    epoch_batches,
+    eval_batches,
+    token_batches,
+)
 from funneltfm.data.encoding import EncodedSplit, EncodingConfig, encode_examples
 from funneltfm.data.readers import DatasetSpec, Example
 from funneltfm.data.tokenization import Tokenizer, get_tokenizer
+from funneltfm.funnel.config import without_truncation
 from funneltfm.tasks.classification import Classification
 from funneltfm.training.config import make_args
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.setup import choose_devices, make_trainer
-from funneltfm.training.speed import matmul_precision
+from funneltfm.training.speed import fast, speed_up
 
 from .contenders import build, freed_memory, net_config, precision
 from .measure import AfterFirstStep, Seconds, take_turns
@@ -61,31 +70,35 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> EncodedSplit:
     return encode_examples(examples, ("0", "1"), tokenizer, EncodingConfig())
 
 
-def part_of_an_epoch(texts: list[str], tokenizer: Tokenizer, wanted: int) -> list[str]:
-    """Sentences of `wanted` / 16 batches of an epoch, evenly spaced from the shortest batch to the longest: the lengths
-    are those of the whole, and so is how well they can be grouped.
+Batches = list[np.ndarray]  # of indices
+
+
+def some_of(batches: Batches, lengths: np.ndarray, count: int) -> Batches:
+    """`count` of all the batches that a contender makes of the data, evenly spaced from the shortest to the longest:
+    time and sentences are those of the whole in small. Their order is random.
     """
-    lengths = encode(texts, tokenizer).lengths
-    batches = epoch_batches(lengths, BATCH, seed=0, epoch=0)
-    batches = sorted((batch for batch in batches if len(batch) == BATCH), key=lambda batch: lengths[batch].mean())
-    count = min(len(batches), max(1, wanted // BATCH))
-    chosen = [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
-    order = np.random.default_rng(0).permutation(np.concatenate(chosen))
-    return [texts[i] for i in order]
+    batches = sorted(batches, key=lambda batch: int(lengths[batch].max()))
+    chosen = [batches[int((i + 0.5) * len(batches) / count)] for i in range(min(count, len(batches)))]
+    return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
 
 
-def about(split: EncodedSplit, whole: int) -> dict[str, Any]:
-    facts = {"sentences": len(split), "of": whole, "mean_tokens": float(split.lengths.mean())}
+def in_random_order(lengths: np.ndarray, size: int) -> Batches:
+    order = np.random.default_rng(0).permutation(len(lengths))
+    return np.split(order, range(size, len(order), size))
+
+
+def about(split: EncodedSplit, wanted: int) -> dict[str, Any]:
+    facts = {"sentences": wanted, "of": len(split), "mean_tokens": float(split.lengths.mean())}
     return facts | {"longest": int(split.lengths.max())}
 
 
 # ---- an epoch of finetuning
 
 OURS: dict[str, dict[str, Any]] = {
-    "ours fp32": {},
-    "ours fp32-medium": {"matmul_precision": "medium"},
-    "ours bf16": {"matmul_precision": "medium", "bf16": True, "amp_opt": "O1"},
-    "ours fp32-medium, by tokens": {"matmul_precision": "medium", "max_tokens": 512},
+    "ours": {},
+    "ours fp32": {"matmul_precision": "highest"},
+    "ours bf16": {"bf16": True, "amp_opt": "O1"},
+    "ours, by tokens": {"max_tokens": 512},
 }
 """Contender -> flags of `funneltfm classify`."""
 TRAINER_128, TRAINER_DYNAMIC = "HF Trainer, padded to 128", "HF Trainer, dynamic padding"
@@ -94,18 +107,18 @@ TRAINER_128, TRAINER_DYNAMIC = "HF Trainer, padded to 128", "HF Trainer, dynamic
 def finetune_epoch(flags: argparse.Namespace) -> dict[str, Any]:
     texts, tokenizer = read(flags)
     flags.vocab_size = tokenizer.vocab_size
-    chosen = part_of_an_epoch(texts, tokenizer, flags.sentences or 96)
-    split = encode(chosen, tokenizer)
+    wanted = flags.sentences or 96
+    split = encode(texts, tokenizer)
     steps: dict[str, Callable[[], Any]] = {}
     for name in flags.contenders or [*OURS, TRAINER_DYNAMIC, TRAINER_128]:
         if name in OURS:
-            steps[name] = _ours(split, OURS[name], flags)
+            steps[name] = _ours(split, wanted, OURS[name], flags)
         elif name in (TRAINER_128, TRAINER_DYNAMIC):
-            steps[name] = _trainer(split, tokenizer.pad_id, name == TRAINER_128, flags)
+            steps[name] = _trainer(split, wanted, tokenizer.pad_id, name == TRAINER_128, flags)
         else:
             raise SystemExit(f"{name!r}: a contender is one of {', '.join([*OURS, TRAINER_128, TRAINER_DYNAMIC])}.")
     rows = [{"contender": name, **times} for name, times in take_turns(steps, flags.reps, flags.seconds).items()]
-    return {"data": about(split, len(texts)), "rows": rates(rows, len(split), len(texts))}
+    return {"data": about(split, wanted), "rows": rates(rows, wanted, len(texts))}
 
 
 def rates(rows: list[dict[str, Any]], sentences: int, whole: int) -> list[dict[str, Any]]:
@@ -121,24 +134,46 @@ def rates(rows: list[dict[str, Any]], sentences: int, whole: int) -> list[dict[s
     return rows
 
 
-def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace) -> Callable[[], Seconds]:
+def after_one_more(batches: Batches) -> Batches:
+    """The batches, and before them one in which the optimizer and the allocator get their memory."""
+    return [batches[len(batches) // 2], *batches]
+
+
+class Chosen(StepSampler):
+    """Deals these batches, in this order."""
+
+    def __init__(self, lengths: np.ndarray, batches: Batches):
+        self.batches = batches
+        super().__init__(lengths, BATCH, seed=0)
+
+    def _steps(self, lengths: np.ndarray, epoch: int) -> Batches:
+        return self.batches
+
+
+def _ours(split: EncodedSplit, wanted: int, given: dict[str, Any], flags: argparse.Namespace) -> Callable[[], Seconds]:
     """The engine of `funneltfm classify`, without validation and checkpoints, with what it does to be fast."""
     args = make_args(**given, device_id=-1 if flags.device == "cpu" else 0)
-    built = build("ours", flags)
+    built, collator = _with_collator(flags)
     task = Classification(DatasetSpec("epoch", ("0", "1"), ("accuracy",), {}, {}))
-    collator = Collator(built.model.net_config)
+    if args.max_tokens:
+        batches = token_batches(split.lengths, TokenBudget(args.max_tokens, collator.padded_length), seed=0, epoch=0)
+    else:
+        batches = epoch_batches(split.lengths, BATCH, seed=0, epoch=0)
+    count = max(1, round(wanted * len(batches) / len(split)))
+    batches = after_one_more(some_of(batches, split.lengths, count))
 
     def run() -> Seconds:
-        batches = TokenBudget(args.max_tokens, collator.padded_length) if args.max_tokens else BATCH
-        loader = RunLoader(split, collator, batches, epochs=1, seed=0)
-        clock = AfterFirstStep(len(split))
+        loader = RunLoader(split, collator, BATCH, epochs=1, seed=0)
+        loader.run_sampler.batches = Chosen(split.lengths, batches)
+        clock = AfterFirstStep(wanted)
 
         class Steps(lightning.Callback):
             def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
                 clock.step_done(len(batch["index"]))
 
-        with warnings.catch_warnings(), matmul_precision(args.matmul_precision), freed_memory(kept=True):
+        with warnings.catch_warnings(), fast(args, flags.device), freed_memory(kept=True):
             warnings.simplefilter("ignore")  # advice on training, which this is not
+            speed_up(built.model, args)
             trainer = make_trainer(
                 args, choose_devices(args), max_epochs=1, gradient_clip_val=args.clip, enable_checkpointing=False,
                 callbacks=[Steps()],
@@ -151,9 +186,25 @@ def _ours(split: EncodedSplit, given: dict[str, Any], flags: argparse.Namespace)
     return run
 
 
-def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Namespace) -> Callable[[], Seconds]:
+def _with_collator(flags: argparse.Namespace) -> tuple[Any, Collator]:
+    """Our model, and what pads for it, as `funneltfm classify` has them."""
+    built = build("ours", flags)
+    built.model.pooling = without_truncation(built.model.net_config)
+    return built, Collator(built.model.pooling)
+
+
+def _trainer(
+    split: EncodedSplit, wanted: int, pad_id: int, padded: bool, flags: argparse.Namespace
+) -> Callable[[], Seconds]:
     """transformers' Trainer as it comes, on FunnelForSequenceClassification, without evaluation and checkpoints."""
     import transformers
+
+    batches = some_of(in_random_order(split.lengths, BATCH)[:-1], split.lengths, max(1, wanted // BATCH))
+    chosen = [int(i) for batch in after_one_more(batches) for i in batch]
+
+    class Trainer(transformers.Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sequence[int]:
+            return range(len(chosen))
 
     model = build("HF funnel", flags).model
     folder = tempfile.mkdtemp()
@@ -163,7 +214,7 @@ def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Nam
     )  # fmt: skip
     examples = [
         {"input_ids": item["inputs"].tolist(), "token_type_ids": item["seg_id"].tolist(), "labels": int(item["label"])}
-        for item in (split[i] for i in range(len(split)))
+        for item in (split[i] for i in chosen)
     ]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -178,16 +229,14 @@ def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Nam
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
 
     def run() -> Seconds:
-        clock = AfterFirstStep(len(split))
+        clock = AfterFirstStep(wanted)
 
         class Steps(transformers.TrainerCallback):
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 clock.step_done(BATCH)
 
         with freed_memory(kept=False):
-            trainer = transformers.Trainer(
-                model, settings, data_collator=collate, train_dataset=examples, callbacks=[Steps()]
-            )
+            trainer = Trainer(model, settings, data_collator=collate, train_dataset=examples, callbacks=[Steps()])
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
         seconds = clock.seconds()
@@ -204,46 +253,50 @@ def _trainer(split: EncodedSplit, pad_id: int, padded: bool, flags: argparse.Nam
 def predict_throughput(flags: argparse.Namespace) -> dict[str, Any]:
     texts, tokenizer = read(flags)
     flags.vocab_size = tokenizer.vocab_size
-    split = encode(part_of_an_epoch(texts, tokenizer, flags.sentences or 256), tokenizer)
-    models: dict[str, Any] = {}
-
-    def model_of(kind: str) -> Any:
-        if kind not in models:
-            models[kind] = build(kind, flags)
-        return models[kind]
-
+    wanted = flags.sentences or 4 * _EVAL_BATCH
+    split = encode(texts, tokenizer)
+    built, collator = _with_collator(flags)
     ours = {f"ours {name}": name for name in ("fp32", "fp32-tuned", "bf16")}
-    steps: dict[str, Callable[[], None]] = {name: _predict(split, model_of("ours"), p) for name, p in ours.items()}
+    count = max(1, wanted // _EVAL_BATCH)
+    by_length = some_of([np.array(b) for b in eval_batches(split.lengths, _EVAL_BATCH)], split.lengths, count)
+    steps: dict[str, Callable[[], None]] = {
+        name: _predict(split, by_length, built, collator, precision) for name, precision in ours.items()
+    }
+    as_they_come = some_of(in_random_order(split.lengths, _EVAL_BATCH)[:-1], split.lengths, count)
     for kind in ("HF funnel", "BERT"):
+        other = build(kind, flags)
         for length, word in ((128, "padded to 128"), (0, "dynamic padding")):
-            steps[f"{kind}, {word}"] = _predict_plainly(split, model_of(kind), length, tokenizer.pad_id)
+            steps[f"{kind}, {word}"] = _predict_plainly(split, as_they_come, other, length, tokenizer.pad_id)
     if flags.contenders:
         if unknown := set(flags.contenders) - set(steps):
             raise SystemExit(f"no contender {min(unknown)!r}; there are {', '.join(steps)}.")
         steps = {name: steps[name] for name in flags.contenders}
     rows = [{"contender": name, **times} for name, times in take_turns(steps, flags.reps, flags.seconds).items()]
-    return {"data": about(split, len(texts)), "rows": rates(rows, len(split), len(texts))}
+    return {"data": about(split, wanted), "rows": rates(rows, count * _EVAL_BATCH, len(texts))}
 
 
-def _predict(split: EncodedSplit, built: Any, name: str) -> Callable[[], None]:
-    """In batches by length, padded to the canonical one, as `funneltfm classify --test_only` does."""
-    collator = Collator(built.model.net_config)
+_EVAL_BATCH = 32
+
+
+def _predict(split: EncodedSplit, batches: Batches, built: Any, collator: Collator, name: str) -> Callable[[], None]:
+    """Padded to the canonical length, as `funneltfm classify --test_only` does."""
 
     def run() -> None:
         built.model.eval()
         with torch.inference_mode(), precision(name, "cpu"):
-            for batch in eval_loader(split, collator, 32):
+            for indices in batches:
+                batch = collator([split[int(i)] for i in indices])
                 built.logits(batch["inputs"], batch["input_mask"])
 
     return run
 
 
-def _predict_plainly(split: EncodedSplit, built: Any, length: int, pad_id: int) -> Callable[[], None]:
-    """In the order of the sentences, padded to the longest of the batch or to `length`."""
+def _predict_plainly(split: EncodedSplit, chosen: Batches, built: Any, length: int, pad_id: int) -> Callable[[], None]:
+    """Padded to the longest of the batch, or to `length`."""
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, len(split), 32):
-            rows = [split[i]["inputs"] for i in range(start, min(start + 32, len(split)))]
+        for indices in chosen:
+            rows = [split[int(i)]["inputs"] for i in indices]
             ids = torch.full((len(rows), length or max(map(len, rows))), pad_id)
             mask = torch.ones_like(ids, dtype=torch.bool)
             for number, row in enumerate(rows):
@@ -274,7 +327,7 @@ def tokenize(flags: argparse.Namespace) -> dict[str, Any]:
         path.write_bytes(tokenizer.path.read_bytes() if flags.data else "\n".join(_pieces(tokenizer)).encode())
         fast = transformers.BertTokenizer(str(path))
     flags.vocab_size = tokenizer.vocab_size
-    collator = Collator(net_config(flags))
+    collator = Collator(without_truncation(net_config(flags)))
     split = encode(texts, tokenizer)
     cached = Path(tempfile.mkdtemp(), "split.npz")
     np.savez(cached, **{key: getattr(split, key) for key in ("inputs", "seg_id", "offsets", "labels", "ids")})
@@ -296,7 +349,7 @@ def tokenize(flags: argparse.Namespace) -> dict[str, Any]:
     rows = [{"contender": name, **times} for name, times in take_turns(steps, flags.reps, flags.seconds).items()]
     cached.unlink()
     cached.parent.rmdir()
-    return {"data": about(split, len(texts)), "rows": rates(rows, len(split), len(texts))}
+    return {"data": about(split, len(split)), "rows": rates(rows, len(split), len(texts))}
 
 
 def _pieces(tokenizer: Tokenizer) -> list[str]:

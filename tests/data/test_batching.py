@@ -453,3 +453,26 @@ def test_a_budget_that_holds_no_example() -> None:
         budget(10).cut(np.array([5, 9]))
     assert budget(11).cut(np.array([5, 9])) == [1]
     assert budget(11).cut(np.array([], dtype=np.int64)) == []
+
+
+@pytest.mark.parametrize(("accumulate", "ranks"), [(1, 1), (2, 2)])
+def test_epochs_that_are_drawn_have_equally_many_token_batches(accumulate: int, ranks: int) -> None:
+    """Each epoch has other examples, of other lengths; nothing is over the budget, nothing empty."""
+    lengths = lengths_of(400)
+
+    def draw(epoch: int) -> np.ndarray:
+        rng = np.random.default_rng(epoch)
+        return rng.choice(400, 150, p=(odds := lengths ** (epoch % 3 - 1.0)) / odds.sum())
+
+    drawn = 0
+    for rank in range(ranks):
+        sampler = StepSampler(lengths, budget(), 3, accumulate, rank, ranks, draw=draw)
+        for epoch in range(6):
+            batches = list(sampler.epoch(epoch))
+            assert len(batches) == sampler.per_epoch
+            assert [indices for indices, _ in sampler.epoch(epoch, 3)] == [indices for indices, _ in batches[3:]]
+            for indices, weight in batches:
+                assert len(indices) * Collator(CONFIG).padded_length(int(lengths[indices].max())) <= 200
+                assert set(indices) <= set(draw(epoch))
+                drawn += len(indices) if weight else 0
+    assert drawn > 0.5 * 6 * 150

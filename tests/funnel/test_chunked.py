@@ -75,6 +75,25 @@ def test_other_configs(tiny, build, batch, cut, keys):
     assert_same(model, inputs, seg_id)
 
 
+@pytest.mark.parametrize("switches", [SWITCHES[0], SWITCHES[-1]])
+def test_a_loss_that_reads_rows_of_padding_alone(tiny, build, batch, cut, switches):
+    """Of scores that are all the lowest number, positions and segments have no gradient on either path."""
+    model = build(tiny(**switches))
+    inputs, seg_id = batch(9, rows=2)
+    mask = torch.ones_like(inputs)
+    found = {}
+    for path in ("plain", "chunked"):
+        model.attention_path = path
+        model.zero_grad()
+        model(inputs, input_mask=mask, seg_id=seg_id)[1]["cls_logits"].square().sum().backward()
+        found[path] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found["plain"].keys() == found["chunked"].keys()
+    for name, wanted in found["plain"].items():
+        torch.testing.assert_close(
+            found["chunked"][name], wanted, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def test_pooled_queries_with_segments_of_their_own(tiny, build):
     """A segment that keys do not have is another than theirs."""
     model = build(tiny())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from funneltfm.errors import InputError
-from funneltfm.funnel.config import ModelConfig, canonical_length
+from funneltfm.funnel.config import ModelConfig, canonical_length, without_truncation
 from funneltfm.funnel.model import FunnelTFM
 
 SWITCHES = [
@@ -147,6 +147,33 @@ def test_canonical_length_by_brute_force(tiny, build, batch, n_block, pooling_si
         assert n <= shortest[n] <= canonical_length(n, config), (n, wrong)
     # The least possible, but where there is [CLS] alone, or nothing to gain for it.
     assert all(canonical_length(n, config) == shortest[n] for n in range(2, longest + 1)), shortest
+
+
+@pytest.mark.parametrize(("n_block", "pooling_size"), [(1, 2), (2, 2), (3, 2), (4, 2), (2, 3), (3, 3)])
+@pytest.mark.parametrize("separate_cls", [True, False])
+@pytest.mark.parametrize("pool_q_only", [True, False])
+def test_canonical_padding_needs_no_truncation(tiny, build, batch, n_block, pooling_size, separate_cls, pool_q_only):
+    """What truncation would drop of it is not made: the same [CLS] and gradients of fewer tokens."""
+    switches = {"separate_cls": separate_cls, "pool_q_only": pool_q_only, "pooling_size": pooling_size}
+    config = tiny(block_size="_".join(["1", "1x2", "1", "1"][:n_block]), truncate_seq=True, **switches)
+    model, fewer = build(config), 0
+    for n in range(1, 24):
+        inputs, seg_id = batch(n, rows=2)
+        found = []
+        for pooling in (config, without_truncation(config)):
+            model.pooling = pooling
+            length = canonical_length(n, pooling)
+            ids, segments = padded(inputs, seg_id, length)
+            model.zero_grad()
+            cls = model(ids, seg_id=segments)[0][-1][:, 0]
+            cls.square().sum().backward()
+            found.append((cls.detach(), model.input_layer[0].lookup_table.grad.clone(), length))
+        (a, da, longer), (b, db, shorter) = found
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        torch.testing.assert_close(da, db, rtol=0, atol=1e-4)
+        fewer += longer - shorter
+        assert shorter <= longer
+    assert fewer > 0 or n_block == 1 or not separate_cls
 
 
 @pytest.mark.parametrize(("n_block", "pooling_size"), [(4, 3), (5, 3)])

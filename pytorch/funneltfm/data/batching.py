@@ -112,6 +112,17 @@ def token_batches(lengths: np.ndarray, budget: TokenBudget, seed: int, epoch: in
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def exactly(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """`count` of batches that come in random order: those that are too many are left out, missing ones are made by
+    halving the largest.
+    """
+    batches = batches[:count]
+    while len(batches) < count:
+        largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+        batches[largest : largest + 1] = np.array_split(batches[largest], 2)
+    return batches
+
+
 class StepSampler:
     """The batches of every epoch, (example indices, weight) of this rank, a function of (seed, epoch) alone.
 
@@ -122,7 +133,7 @@ class StepSampler:
 
     batch_size: examples in a batch, or the tokens that it may have. by_length: similar lengths together. draw: the
     indices of an epoch's examples, which may come more than once or not at all, always equally many; without it each
-    comes once.
+    comes once. By tokens they make more or fewer batches than in the first epoch, which `exactly` evens out.
     """
 
     def __init__(
@@ -150,7 +161,9 @@ class StepSampler:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[list[int], float]]:
         """The batches of an epoch from number `start` on."""
         chosen = None if self.draw is None else self.draw(epoch)
-        steps = self._steps(self.lengths if chosen is None else self.lengths[chosen], epoch)
+        steps = exactly(
+            self._steps(self.lengths if chosen is None else self.lengths[chosen], epoch), self.steps_per_epoch
+        )
         for number in range(start, self.per_epoch):
             step = steps[number // self.accumulate]
             yield self._share(step if chosen is None else chosen[step], number % self.accumulate)

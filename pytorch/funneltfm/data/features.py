@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from funneltfm.data.batching import StepSampler, check_digest
+from funneltfm.data.batching import StepSampler, TokenBudget, check_digest, eval_batches
 from funneltfm.errors import InputError
 
 Example = dict[str, Any]  # input_ids, and what else its task has made
@@ -209,7 +209,7 @@ class EpochSampler:
 def eval_loader(
     features: Features,
     make: Callable[[list[Example]], Batch],
-    batch_size: int,
+    batch_size: int | TokenBudget,
     rank: int = 0,
     ranks: int = 1,
     prepare: Callable[[Example, int], Example] | None = None,
@@ -218,8 +218,6 @@ def eval_loader(
     """Every example once, sorted by length, in batches that are the same whatever the number of processes; as
     `data.batching.eval_batches` deals them. `prepare` is called with the epoch -1.
     """
-    from funneltfm.data.batching import eval_batches
-
     keys = [(indices, 1.0, -1) for indices in eval_batches(features.lengths, batch_size, rank, ranks)]
     return DataLoader(
         _Drawn(features, prepare),

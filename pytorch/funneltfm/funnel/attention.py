@@ -7,8 +7,8 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,17 @@ class Positions(NamedTuple):
         return self.start + self.stride * torch.arange(self.length, device=device)
 
 
+class _Once:
+    """functools.cached_property without its lock, which torch.compile cannot take (until Python 3.12)."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make, self.name = make, make.__name__
+
+    def __get__(self, structure: Any, owner: type) -> Any:
+        made = structure.__dict__[self.name] = self.make(structure)
+        return made
+
+
 @dataclass(frozen=True)
 class AttentionStructure:
     """What the layers of one block share: who is where, in which segment, and which keys are padding."""
@@ -54,7 +65,7 @@ class AttentionStructure:
     """Position and segment terms are zero in the row and the column of the first token."""
     path: AttentionPath = "auto"
 
-    @cached_property
+    @_Once
     def same_segment(self) -> Tensor | None:
         """(B, Tq, Tk) bool, True where both are in one segment."""
         if self.q_seg is None or self.k_seg is None:
@@ -62,7 +73,7 @@ class AttentionStructure:
         q, k = self.q_seg[:, :, None], self.k_seg[:, None, :]
         return (q == k) | (q == self.seg_id_cls) | (k == self.seg_id_cls)
 
-    @cached_property
+    @_Once
     def columns(self) -> tuple[Tensor | None, Tensor]:
         """The terms of segments and padding as products, for `funnel.chunked`.
 
@@ -82,6 +93,12 @@ class AttentionStructure:
             of_key[:, 0] = False
         q = self.q_seg[..., None]
         return (q == segments) | (q == cls) | (segments == cls), torch.cat([of_key.float(), padding * lowest], dim=-1)
+
+    @_Once
+    def empty(self) -> Tensor | None:
+        """(B, 1, 1) bool, True where a row is all padding; None where there is none such."""
+        rows = self.input_mask.all(dim=1)
+        return rows[:, None, None] if rows.any() else None
 
 
 @lru_cache(maxsize=8)
@@ -241,14 +258,14 @@ class RelMultiheadAttention(nn.Module):
             q_s = biased(self.r_s_bias).view(n_head, -1, d_head)
             by_segment = (q_s @ self.seg_embed.transpose(0, 1).transpose(1, 2).to(q.dtype)).view(*q.shape[:3], 2)
             by_segment = torch.where(same, by_segment[..., 1:], by_segment[..., :1])
-            coefficients.append(self._without_first(by_segment, structure))
+            coefficients.append(self._without_masked(by_segment, structure))
         coefficients.append(q.new_ones(()).expand(*q.shape[:3], 1))
         of_key = of_key.clamp(min=max(torch.finfo(q.dtype).min, torch.finfo(of_key.dtype).min) / 2).to(q.dtype)
         out = chunked_attention(
             torch.cat(coefficients, dim=-1).flatten(0, 1),
             torch.cat([k, of_key.expand(n_head, -1, -1, -1)], dim=-1).flatten(0, 1),
             v.flatten(0, 1),
-            self._without_first(biased(self.r_r_bias), structure).flatten(0, 1),
+            self._without_masked(biased(self.r_r_bias), structure).flatten(0, 1),
             r,
             Layout(
                 n_head,
@@ -260,9 +277,13 @@ class RelMultiheadAttention(nn.Module):
         return out.view(n_head, batch, q_len, d_head).permute(1, 2, 0, 3)
 
     @staticmethod
-    def _without_first(x: Tensor, structure: AttentionStructure) -> Tensor:
-        """x (N, B, Tq, ...) with zeros for the first query where func_mask says so."""
-        return F.pad(x[:, :, 1:], (0, 0, 1, 0)) if structure.func_mask else x
+    def _without_masked(x: Tensor, structure: AttentionStructure) -> Tensor:
+        """x (N, B, Tq, ...) with zeros for the first query where func_mask says so, and where a row is all padding: its
+        scores are the lowest number whatever its positions and segments are, and give these no gradient.
+        """
+        if structure.func_mask:
+            x = F.pad(x[:, :, 1:], (0, 0, 1, 0))
+        return x if structure.empty is None else x.masked_fill(structure.empty, 0)
 
     def _distance_keys(self, distances: Tensor) -> Tensor:
         """r = distances @ r_kernel, as (N, R, H). In evaluation it depends on the length alone, so the last is kept

@@ -261,6 +261,15 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
+def without_truncation(config: ModelConfig) -> ModelConfig:
+    """The config that pools what is padded to its canonical length as `config` pools what is padded to its own: all
+    that truncation drops there is padding, which need not be made. Results are the same, of up to 2 tokens less.
+
+    11 tokens: truncated 15 -> [0] [1 2] ... [11 12] [13] -> [0] [1 2] [3 4] [5 6], else 13 -> 7 -> the same 4.
+    """
+    return dataclasses.replace(config, truncate_seq=False)
+
+
 def canonical_length(n: int, config: ModelConfig) -> int:
     """The shortest padded length at which a sequence of `n` tokens has its final hidden states.
 

@@ -290,6 +290,10 @@ class FunnelTFMModel(FunnelTFMPreTrainedModel):
         self.net = FunnelTFM(net_config, cls_target=False)
         self.post_init()
 
+    def padded_length(self, n: int) -> int:
+        """How many columns are computed of a batch whose longest sentence has n tokens."""
+        return canonical_length(n, self.net.net_config) if self.config.pad_to_canonical else n
+
     @property
     def lookup_table(self) -> Tensor:
         """(V, d_embed), the embedding."""

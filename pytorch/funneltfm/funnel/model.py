@@ -86,6 +86,8 @@ class FunnelTFM(nn.Module):
         replaced = {key: getattr(args, key) for key in _ARGS_KEYS if getattr(args, key, None) is not None}
         config = dataclasses.replace(net_config, **replaced)
         self.net_config = config
+        # By which the sequence is pooled: inputs that are padded for it may have `without_truncation(net_config)`.
+        self.pooling = config
         # In training, compute each layer again going backward, to save memory.
         self.gradient_checkpointing = False
         # How attention is computed: "auto", "plain" or "chunked". The numbers are the same.
@@ -155,7 +157,7 @@ class FunnelTFM(nn.Module):
     def _structure(self, like: Tensor, query: Tokens, key: Tokens) -> AttentionStructure:
         config = self.net_config
         encode = ATTN_TYPES[config.attn_type].encode
-        return AttentionStructure(
+        structure = AttentionStructure(
             pos_enc=encode(query.pos, key.pos, config.d_model, self.pos_dropout, like),
             input_mask=key.input_mask,
             q_seg=query.seg_id,
@@ -164,6 +166,9 @@ class FunnelTFM(nn.Module):
             func_mask=config.separate_cls or config.func_mask == "always",
             path=self.attention_path,
         )
+        if self.attention_path == "plain":
+            structure.same_segment  # noqa: B018 (made here, once, where a compiled layer would make it anew)
+        return structure
 
     # ---- the funnel
 
@@ -176,7 +181,7 @@ class FunnelTFM(nn.Module):
         return layer(query, key)
 
     def _pool(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        config = self.net_config
+        config = self.pooling
         hidden = pool_hidden(hidden, config)
         stride = tokens.pos.stride * config.pooling_size
         # [CLS] kept aside sits where even spacing wants it: before the first of every second token, at 1 - 2^b.
@@ -193,7 +198,7 @@ class FunnelTFM(nn.Module):
         index = 0
         for block, (n_param, n_repeat) in enumerate(config.blocks):
             key, key_tokens = hidden, tokens
-            if block > 0 and can_pool(hidden.size(1), config):
+            if block > 0 and can_pool(hidden.size(1), self.pooling):
                 hidden, tokens = self._pool(hidden, tokens)
                 if not config.pool_q_only:
                     key, key_tokens = hidden, tokens
