@@ -1010,7 +1010,7 @@ def test_max_tokens_from_the_command_line_and_resumed(
         ({"overwrite_keys": "d_model"}, "--overwrite_keys is about the config of --init_ckpt"),
         ({"distributed_rank": 1, "distributed_world_size": 2}, "--distributed_init_method"),
         ({"distributed_world_size": 1000000}, "distributed_world_size must be at most"),
-        ({"accumulate_grad_batches": 1000000}, "as many examples"),
+        ({"accumulate_grad_batches": 1000000}, "as many examples at least"),
         ({"log_path": "data"}, "is there already"),
     ],
     ids=str,

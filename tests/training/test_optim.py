@@ -14,6 +14,7 @@ from torch import nn
 from funneltfm.errors import InputError
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
+from funneltfm.training import optim
 from funneltfm.training.optim import (
     decay_groups,
     from_apex,
@@ -158,6 +159,12 @@ def apex(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return parallel
 
 
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    """What was said once is said again in the next test."""
+    optim._say_once.cache_clear()
+
+
 @pytest.fixture
 def no_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
@@ -179,7 +186,8 @@ def test_what_an_apex_offers_is_used(apex: ModuleType, caplog: pytest.LogCapture
 @pytest.mark.usefixtures("apex")
 def test_what_an_apex_has_removed_is_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "funneltfm"):
-        assert from_apex("parallel.DistributedDataParallel", "torch's own DDP") is None
+        for _ in range(2):
+            assert from_apex("parallel.DistributedDataParallel", "torch's own DDP") is None
     assert caplog.messages == [
         "apex.parallel.DistributedDataParallel is not installed, or not in the apex that is; torch's own DDP runs "
         "instead."

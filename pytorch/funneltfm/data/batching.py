@@ -151,10 +151,6 @@ class StepSampler:
         self.lengths, self.seed, self.by_length, self.draw = lengths, seed, by_length, draw
         self.accumulate, self.rank, self.ranks = accumulate, rank, ranks
         self.batch_size = batch_size
-        if accumulate > max(1, len(lengths)):
-            raise InputError(
-                f"a step of {accumulate} batches needs as many examples at least, and there are {len(lengths)}."
-            )
         self.steps_per_epoch = len(self._steps(lengths if draw is None else lengths[draw(0)], 0))
         self.per_epoch = self.steps_per_epoch * accumulate
 
@@ -297,7 +293,7 @@ class RunLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken, "total": len(self), "digest": self.digest}
+        return {"taken": self.taken, "total": len(self)} | ({"digest": self.digest} if self.digest else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_digest(state, self.digest)

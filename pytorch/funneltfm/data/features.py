@@ -166,7 +166,8 @@ class TrainLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
-        return {"epoch": sampler.epoch, "taken": sampler.taken, "per_epoch": len(sampler), "digest": self.digest}
+        state = {"epoch": sampler.epoch, "taken": sampler.taken, "per_epoch": len(sampler)}
+        return state | ({"digest": self.digest} if self.digest else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_digest(state, self.digest)

@@ -24,7 +24,7 @@ from funneltfm.funnel.model import FunnelTFM
 from funneltfm.training import plots, ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun, ValidateAt, validation_steps
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
-from funneltfm.training.config import Args, make_args
+from funneltfm.training.config import Args, check_accumulate, make_args
 from funneltfm.training.launch import classify_flags, classify_words, start_here, start_on_ray
 from funneltfm.training.pipeline import Pipeline
 from funneltfm.training.predictions import write_predictions
@@ -221,6 +221,7 @@ def _train(
     own: Any = {"rank": ranks.rank(), "ranks": ranks.size(), "num_workers": args.num_workers}
     train = data.splits["train"]
     accumulate = args.accumulate_grad_batches
+    check_accumulate(args, len(train))
     train_bsz, valid_bsz = (_batches(args, collator, size) for size in (args.train_bsz, args.valid_bsz))
     train_loader = RunLoader(
         train, collator, train_bsz, args.epochs, args.seed, accumulate, digest=data.digest(), **own

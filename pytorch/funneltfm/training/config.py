@@ -351,6 +351,15 @@ def _check(args: Args) -> None:
             )
 
 
+def check_accumulate(args: Args, examples: int) -> None:
+    """An InputError for a step of more batches than there are training examples."""
+    if args.accumulate_grad_batches > examples:
+        raise InputError(
+            f"accumulate_grad_batches={args.accumulate_grad_batches}: a step needs as many examples at least, and "
+            f"there are {examples} to train on."
+        )
+
+
 def check_workers(number: int, what: str = "num_workers") -> None:
     """An InputError for more processes than any machine of this size is for."""
     if number > (most := max(64, 4 * (os.cpu_count() or 1))):

@@ -46,15 +46,19 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, apex: bool = Fa
     return AdamW(groups, fused=True, **settings)
 
 
-@functools.cache  # one line for each
 def from_apex(name: str, instead: str) -> Any:
     """What the installed apex offers under `name`, or None; then one line says what runs instead."""
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(f"apex.{module}"), attribute)
     except (ImportError, AttributeError):
-        log.info("apex.%s is not installed, or not in the apex that is; %s runs instead.", name, instead)
+        _say_once(f"apex.{name} is not installed, or not in the apex that is; {instead} runs instead.")
         return None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.info(text)
 
 
 def linear(left: int, span: int) -> float:

@@ -50,7 +50,7 @@ from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
-from funneltfm.training.config import Args, flag_fields, read_yaml, typed_args
+from funneltfm.training.config import Args, check_accumulate, flag_fields, read_yaml, typed_args
 from funneltfm.training.distillation import Teachers
 from funneltfm.training.launch import start_here, start_on_ray
 from funneltfm.training.model_source import load_tokenizer, make_heads, model_name
@@ -450,6 +450,7 @@ def _train_loader(
 ) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
     """The batches, and the names of the examples by index."""
     train = _first_batches(module.splits["train"], args)
+    check_accumulate(args, len(train.features))
     batches = StepSampler(
         train.features.lengths,
         args.batch_size,
