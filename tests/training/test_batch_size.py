@@ -12,7 +12,7 @@ import torch
 from lightning import Trainer
 
 from funneltfm.errors import InputError
-from funneltfm.funnel.config import ModelConfig, canonical_length
+from funneltfm.funnel.config import ModelConfig, canonical_length, without_truncation
 from funneltfm.training import batch_size
 from funneltfm.training.batch_size import (
     GIB,
@@ -130,7 +130,7 @@ def test_a_trial_is_finetuning(monkeypatch: pytest.MonkeyPatch, flags: dict, num
     for checkpointing, training, batch in batches:
         assert training
         assert checkpointing == bool(flags.get("gradient_checkpointing"))
-        assert batch["inputs"].shape == (5, canonical_length(6, config))
+        assert batch["inputs"].shape == (5, canonical_length(6, without_truncation(config)))
         assert (~batch["input_mask"]).sum(dim=1).tolist() == [6] * 5
         assert batch["labels"].is_floating_point() == (num_class == 1)
     (optimizer,) = trainer.optimizers

@@ -30,6 +30,7 @@ from funneltfm.funnel.checkpoints import load_checkpoint
 from funneltfm.funnel.config import ModelConfig
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.training import classify as engine
+from funneltfm.training import speed
 from funneltfm.training.checkpoint_io import is_whole
 from funneltfm.training.classify import classify
 
@@ -628,6 +629,35 @@ def test_every_way_to_train_resumes_bit_for_bit(
     classify(model_dir=str(root), resume=True)
     assert_same_run(root, whole)
     assert same_state(state_of(root), state_of(whole))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # that torch.compile looks at by itself
+def test_compiled_layers_give_the_same_numbers(
+    uninterrupted: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the same names, and a run that resumes. Without the last stage of torch.compile, which takes long."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend="aot_eager", **kwargs)
+    )
+    monkeypatch.setattr(speed, "_check_compiler", lambda: None)
+    flags = uninterrupted[1] | {"dropout": 0.0, "dropatt": 0.0}
+    plain, compiled, cut = (tmp_path / name for name in ("plain", "compiled", "cut"))
+    expected = classify(**flags, model_dir=str(plain))
+    results = classify(**flags, model_dir=str(compiled), compile=True)
+    assert results["valid"] == pytest.approx(expected["valid"], abs=1e-5)
+    for root in (weights, last_weights):
+        one, other = root(compiled), root(plain)
+        assert one.keys() == other.keys()
+        for name in one:
+            if not name.endswith("k_head.bias"):  # has no gradient but rounding, which AdamW takes for one
+                torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 8)
+        with pytest.raises(PowerCut):
+            classify(**flags, model_dir=str(cut), compile=True)
+    classify(model_dir=str(cut), resume=True)
+    assert_same_run(cut, compiled)
 
 
 @pytest.mark.parametrize("mode", ["fp16 O2", "bf16 O2"], indirect=True)

@@ -50,13 +50,14 @@ def data(tmp_path_factory):
 
 
 def flags(data: Path, out: Path, **more: Any) -> dict[str, Any]:
-    return {
+    given = {
         "pipeline": "seq_class", "model": "bert", "name": "run", "output_dir": str(out), "accelerator": "cpu",
         "additional_config_kwargs": TINY, "pre_trained_tokenizer": str(data / "vocab.txt"),
         "train_dataset": [str(data / "train.jsonl")], "valid_dataset": str(data / "valid.jsonl"),
         "test_dataset": str(data / "test.jsonl"), "batch_size": 8, "max_epochs": 3, "learning_rate": 3e-3,
         "log_every_n_steps": 4,
     } | more  # fmt: skip
+    return {name: value for name, value in given.items() if name != "batch_size" or "max_tokens" not in more}
 
 
 def weights(out: Path, name: str = "run") -> dict[str, torch.Tensor]:
@@ -227,6 +228,7 @@ def cut(monkeypatch, at_step: int) -> None:
             },
         ),
         (16, {"precision": "16-mixed"}),
+        (9, {"max_tokens": 100, "accumulate_grad_batches": 2, "checkpoint_interval": 2}),
     ],
 )
 def test_a_cut_run_ends_bit_equal(data, tmp_path, monkeypatch, at_step, more):
@@ -337,6 +339,51 @@ def test_two_processes_learn_what_one_learns(data, tmp_path):
         )
 
 
+def test_batches_by_tokens_are_shared_by_processes(data, tmp_path):
+    """A step of two processes holds twice the tokens; each example is learnt from once an epoch."""
+    quiet = (*TINY, "hidden_dropout_prob=0.0", "attention_probs_dropout_prob=0.0")
+    two = train(**flags(data, tmp_path / "two", additional_config_kwargs=quiet, devices="2", max_tokens=60))
+    more = {"accumulate_grad_batches": 2, "max_tokens": 60}
+    one = train(**flags(data, tmp_path / "one", additional_config_kwargs=quiet, **more))
+    assert two["processes"] == 2
+    assert two["steps"] == one["steps"]
+    for split in ("valid", "test"):
+        assert two[split] == pytest.approx(one[split], abs=1e-4)
+
+
+def test_speed_flags_of_prediction(data, tmp_path):
+    train(**flags(data, tmp_path, max_epochs=1))
+    out = Outputs(tmp_path, "run")
+    kept = [json.loads(line) for line in (out.predictions / "test.jsonl").read_text().splitlines()]
+    found = predict(
+        pre_trained_model=str(out.best),
+        predict_dataset=str(data / "test.jsonl"),
+        accelerator="cpu",
+        max_tokens=64,
+        matmul_precision="highest",
+    )
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in kept]
+    for row, line in zip(found, kept, strict=True):
+        assert list(row["scores"].values()) == pytest.approx(list(line["scores"].values()), abs=1e-5)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"streaming": True, "max_steps": 5, "max_epochs": None}, "--max_tokens does not go with --streaming"),
+        ({"overfit_batches": 2}, "--overfit_batches counts batches of --batch_size"),
+        ({"group_by_length": False}, "leave out --group_by_length"),
+        ({"max_tokens": 5}, r"must hold the longest example.*got 5"),
+        ({"max_tokens": -1}, "must not be negative"),
+        ({"compile": True, "attention_path": "chunked"}, "chunked is not for torch.compile"),
+    ],
+)
+def test_where_batches_by_tokens_make_no_sense(data, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        train(**flags(data, tmp_path, **({"max_tokens": 120} | more)))
+
+
 def test_several_seeds_and_their_spread(data, tmp_path):
     results = train(**flags(data, tmp_path, max_epochs=1, seeds=(1, 2, 3)))
     singles = [json.loads(Outputs(tmp_path, f"run-seed_{seed}").results.read_text()) for seed in (1, 2, 3)]
@@ -418,6 +465,8 @@ def test_a_stream_has_the_same_classes(data, tmp_path, kind):
         ({"test_dataset": None, "test_filter": ("label == pos",)}, "--test_filter needs --test_dataset"),
         ({"limit_predict_batches": 2}, "--limit_predict_batches needs --predict_dataset"),
         ({"valid_dataset": None, "monitor": "valid/seq_class/loss"}, "--monitor needs --valid_dataset"),
+        ({"max_tokens": 100, "eval_batch_size": 4}, "leave out eval_batch_size"),
+        ({"attention_path": "plain"}, "is for Funnel models"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_left(data, tmp_path, more, message):

@@ -312,9 +312,12 @@ class Collate:
         self.pad_id, self.pad_type = tokenizer.pad_token_id, tokenizer.pad_token_type_id
         self.left = tokenizer.padding_side == "left"
 
+    def padded_length(self, longest: int) -> int:
+        return max(self.length or 0, longest)
+
     def __call__(self, examples: list[Example]) -> Batch:
         ids = _texts(examples, "input_ids")
-        length = max(self.length or 0, max(map(len, ids)))
+        length = self.padded_length(max(map(len, ids)))
 
         def tokens(name: str, fill: int) -> Tensor:
             return pad(_texts(examples, name), fill, length, self.left)

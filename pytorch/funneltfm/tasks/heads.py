@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -79,7 +78,6 @@ class Heads(nn.Module):
                 model.tie_weights()  # type: ignore[operator]
         self.models = nn.ModuleDict(models)
         self.beside = nn.ModuleDict()
-        self._encode = self._run
 
     @property
     def backbone(self) -> nn.Module:
@@ -89,15 +87,6 @@ class Heads(nn.Module):
         """A task's model, and what it has beside it."""
         return self.models[name], dict(self.beside.items()).get(name)
 
-    def _run(self, **inputs: Tensor) -> Any:
-        return self.backbone(**inputs)
-
-    def compile_backbone(self, fallback: bool = False) -> None:
-        """From now on the encoder runs compiled, the heads as before. fallback: uncompiled where that fails."""
-        if fallback:
-            torch._dynamo.config.suppress_errors = True
-        self._encode = torch.compile(self._run, dynamic=True)
-
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """The encoder's output for input_ids, attention_mask and token_type_ids, each (texts, T)."""
-        return self._encode(**inputs)
+        return self.backbone(**inputs)

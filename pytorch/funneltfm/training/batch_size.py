@@ -25,7 +25,7 @@ from funneltfm.data.batching import Collator, RunLoader
 from funneltfm.data.encoding import EncodedSplit
 from funneltfm.data.readers import DatasetSpec
 from funneltfm.errors import InputError
-from funneltfm.funnel.config import ModelConfig, canonical_length
+from funneltfm.funnel.config import ModelConfig, canonical_length, without_truncation
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.tasks.classification import Classification
 from funneltfm.training.config import Args, make_args
@@ -105,10 +105,11 @@ def train_steps(case: Case, batch_size: int) -> None:
     accumulate = min(args.accumulate_grad_batches, 2)  # gradients wait for the next batch: more of them wait no longer
     model = FunnelTFM(case.config)
     model.gradient_checkpointing = args.gradient_checkpointing
+    model.pooling = without_truncation(case.config)
     labels = None if case.config.num_class == 1 else tuple(str(i) for i in range(case.config.num_class))
     task = Classification(DatasetSpec("trial", labels, ("accuracy",), {}, {}))
     split = _random_split(case, batch_size * accumulate)
-    loader = RunLoader(split, Collator(case.config), batch_size, epochs=2, seed=args.seed, accumulate=accumulate)
+    loader = RunLoader(split, Collator(model.pooling), batch_size, epochs=2, seed=args.seed, accumulate=accumulate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on training, which this is not
         trainer = make_trainer(
@@ -321,7 +322,7 @@ def find_batch_sizes(
             case = Case(config, length, flags)
             trial = partial(_trial, MEASURE[devices.accelerator], name, case, limit)
             trials = largest(trial, limit, max_batch)
-            cells.append(Cell(name, length, canonical_length(length, config), trials, max_batch))
+            cells.append(Cell(name, length, canonical_length(length, without_truncation(config)), trials, max_batch))
             log.info("%s, length %d: batch size %s", name, length, cells[-1])
     return Guideline(
         device=_name(devices),

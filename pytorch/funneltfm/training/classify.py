@@ -20,6 +20,7 @@ from funneltfm.data.batching import Collator, RunLoader, TokenBudget, eval_loade
 from funneltfm.errors import InputError, Stopped
 from funneltfm.files import atomic_path, existing_file, write_json, write_text
 from funneltfm.funnel.checkpoints import save_checkpoint
+from funneltfm.funnel.config import without_truncation
 from funneltfm.funnel.model import FunnelTFM
 from funneltfm.training import plots, ranks
 from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Progress, SaveRun, ValidateAt, validation_steps
@@ -46,7 +47,7 @@ from funneltfm.training.setup import (
     with_absolute_paths,
     with_run_flags,
 )
-from funneltfm.training.speed import choose_matmul_precision, keep_freed_memory, matmul_precision
+from funneltfm.training.speed import fast, speed_up
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +70,7 @@ def run(args: Args) -> dict[str, Any]:
         return _launch(args)
     with ranks.joined(place, backend(args)), log_ranks(args.log_all_processes):
         devices = ranks.main_first(lambda: choose_devices(args))
-        choose = functools.partial(choose_matmul_precision, args.matmul_precision, devices.accelerator)
-        args.matmul_precision = ranks.main_decides(choose)
-        if devices.accelerator == "cpu":
-            keep_freed_memory()
-        with matmul_precision(args.matmul_precision):
+        with fast(args, devices.accelerator):
             return _run(args, devices)
 
 
@@ -106,7 +103,9 @@ def _run(args: Args, devices: Devices) -> dict[str, Any]:
     if ranks.rank():  # every process has its own dropout; the main one goes on as a single one would
         torch.manual_seed(args.seed + ranks.rank())
     model.gradient_checkpointing = args.gradient_checkpointing
-    model.attention_path = args.attention_path
+    if args.pad_to == "canonical":
+        model.pooling = without_truncation(model.net_config)
+    speed_up(model, args)
     warn_of_diverging(args, model.net_config)
     if ranks.is_main():
         if args.resume:
@@ -201,7 +200,7 @@ def _plot(data: Data, logits: dict[str, np.ndarray], history: History | None, ru
 
 
 def _collator(args: Args, model: FunnelTFM) -> Collator:
-    return Collator(model.net_config, args.pad_to, args.max_length, args.seg_id_pad)
+    return Collator(model.pooling, args.pad_to, args.max_length, args.seg_id_pad)
 
 
 def _batches(args: Args, collator: Collator, batch_size: int) -> int | TokenBudget:

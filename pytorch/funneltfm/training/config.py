@@ -99,10 +99,6 @@ class TrainFlags:
     """Passes over the training data."""
     train_bsz: int = 16
     """Batch size in training, per device."""
-    max_tokens: int = 0
-    """Batches of as many examples of similar length as fit into so many tokens, padding included, in place of
-    train_bsz, valid_bsz and test_bsz; 0 counts examples.
-    """
     accumulate_grad_batches: int = 1
     """Batches whose gradients make one step: a step learns from train_bsz * devices * this many examples."""
     gradient_checkpointing: bool = False
@@ -155,14 +151,6 @@ class DeviceFlags:
     """Train in fp16, in the way that amp_opt says."""
     bf16: bool = False
     """Train in bf16, in the way that amp_opt says: the range of fp32, so no loss scaling, and fewer digits."""
-    matmul_precision: Literal["highest", "high", "medium", "auto"] = "highest"
-    """Of products of fp32 matrices, in torch's words. On many CPUs medium is another library, as exact and up to twice
-    as fast; elsewhere it is less exact. auto measures both on this machine and takes medium only where it is exact.
-    """
-    attention_path: Literal["auto", "plain", "chunked"] = "auto"
-    """How attention is computed, with the same numbers: plain in one call, chunked in pieces that stay in the cache of
-    a CPU. auto is chunked on a CPU.
-    """
     amp_opt: Literal["O0", "O1", "O2", "O3"] = "O2"
     """With fp16 or bf16: O0 is fp32, O1 fp32 weights and autocast, O2 half weights with norms and master weights in
     fp32, O3 all half. O1 and O2 scale the loss of fp16 dynamically.
@@ -191,6 +179,39 @@ class DeviceFlags:
     """Every process logs, not the first alone."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeedFlags:
+    """Speed"""
+
+    max_tokens: int = 0
+    """Batches of as many examples of similar length as fit into so many tokens, padding included, in place of batch
+    sizes; 0 counts examples.
+    """
+    matmul_precision: Literal["highest", "high", "medium", "auto"] = "auto"
+    """Of products of fp32 matrices, in torch's words. On many CPUs medium is another library, as exact and up to twice
+    as fast; elsewhere it is less exact. auto takes medium on a CPU where a trial finds it as exact as highest,
+    for models at least 256 wide.
+    """
+    attention_path: Literal["auto", "plain", "chunked"] = "auto"
+    """How a FunnelTFM computes attention, with the same numbers: plain in one call, chunked in pieces that stay in the
+    cache of a CPU. auto is chunked on a CPU, plain elsewhere and with compile.
+    """
+    compile: bool = False
+    """Compile the encoder with torch.compile, once for all lengths and batch sizes."""
+
+
+def check_speed_flags(args: Any, batch_sizes: Sequence[str]) -> None:
+    """What both commands that train refuse. batch_sizes: the flags that max_tokens replaces."""
+    if args.max_tokens < 0:
+        raise InputError(f"max_tokens must not be negative; got {args.max_tokens}.")
+    if args.max_tokens and (twice := sorted(args.given.intersection(batch_sizes))):
+        raise InputError(f"max_tokens decides how large batches are; leave out {twice[0]}, or max_tokens.")
+    if args.compile and args.attention_path == "chunked":
+        raise InputError("attention_path chunked is not for torch.compile; leave it out, or compile.")
+    if args.compile and args.strategy == "fsdp":
+        raise InputError("fsdp does not go with --compile: leave it out, or fsdp.")
+
+
 # What the data decides (num_class, pad_id) and what a classifier does not use (decoder_size) are no flags.
 MODEL_SKIP = ("vocab_size", "num_class", "pad_id", "decoder_size")
 Group = tuple[str, type, tuple[str, ...]]  # (title, dataclass, names to leave out)
@@ -201,13 +222,13 @@ GROUPS: tuple[Group, ...] = (
     ("Training and evaluation", TrainFlags, ()),
     ("The run", RunFlags, ()),
     ("Devices and precision", DeviceFlags, ()),
+    ("Speed", SpeedFlags, ()),
 )
 
 _PATH_ENDINGS = ("_dir", "_path", "_file", "_ckpt", "_dataset")
 _POSITIVE = ("lr", "epochs", "train_bsz", "accumulate_grad_batches", "valid_bsz", "test_bsz", "n_valid", "n_log_epoch")
 _NOT_NEGATIVE = (
     *(
-        "max_tokens",
         "min_lr",
         "weight_decay",
         "clip",
@@ -336,8 +357,7 @@ def _check(args: Args) -> None:
         raise InputError(f"device_id must be the number of a GPU, or -1 for the CPU; got {args.device_id}.")
     if not 0 < args.distributed_port < 2**16:
         raise InputError(f"distributed_port must be between 1 and 65535; got {args.distributed_port}.")
-    if args.max_tokens and (twice := sorted({"train_bsz", "valid_bsz", "test_bsz"} & args.given)):
-        raise InputError(f"max_tokens decides how large batches are; leave out {twice[0]}, or max_tokens.")
+    check_speed_flags(args, ("train_bsz", "valid_bsz", "test_bsz"))
     if args.attention_path == "chunked" and args.attn_type != "rel_shift":
         raise InputError(f"attention_path chunked is for attn_type rel_shift; got {args.attn_type}.")
     if args.fp16 and args.bf16:

@@ -15,6 +15,7 @@ from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import Task
 from funneltfm.tasks.heads import Heads
 from funneltfm.training.config import Args
+from funneltfm.training.speed import speed_up
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +182,7 @@ def make_heads(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Heads:
         for model in (heads.backbone, *(model for model in heads.beside.values() if hasattr(model, "base_model"))):
             newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
             (newer or model.gradient_checkpointing_enable)()  # type: ignore[operator]
-    if args.compile:
-        heads.compile_backbone(args.dynamo_fallback_eager)
+    speed_up(heads.backbone, args)
     return heads.train()  # what comes from a checkpoint comes in evaluation mode, and Lightning leaves it so
 
 

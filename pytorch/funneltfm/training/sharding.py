@@ -38,7 +38,7 @@ class Shardable(lightning.LightningModule):
         for name, child in self._originals.items():
             setattr(self, name, copy.deepcopy(child))
         mesh = self.trainer.strategy.device_mesh["data_parallel"]
-        for block in _blocks(self):
+        for block in layers_of(self):
             fully_shard(block, mesh=mesh)
         fully_shard(self, mesh=mesh)
         for step in ("training_step", "validation_step", "test_step"):
@@ -73,9 +73,9 @@ class Shardable(lightning.LightningModule):
             tensor.copy_(new)
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of layers: each is gathered for its own computing alone."""
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Members of the outermost lists of layers, each of which computes by itself."""
     found: list[nn.Module] = []
     for child in module.children():
-        found += child.children() if isinstance(child, nn.ModuleList) else _blocks(child)
+        found += child.children() if isinstance(child, nn.ModuleList) else layers_of(child)
     return [block for block in dict.fromkeys(found) if next(block.parameters(), None) is not None]

@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from funneltfm.data.batching import StepSampler, data_digest
+from funneltfm.data.batching import StepSampler, TokenBudget, data_digest
 from funneltfm.data.columns import filtered
 from funneltfm.data.features import Example, Features, TrainLoader, eval_loader
 from funneltfm.data.kept import kept
@@ -70,6 +70,7 @@ from funneltfm.training.runlog import log_file, log_ranks, quiet
 from funneltfm.training.sharding import ShardedStrategy
 from funneltfm.training.sparse_run import density_of, sparsity_callbacks
 from funneltfm.training.sparsity import GradualPruning, StaticSparsity, restore
+from funneltfm.training.speed import fast
 from funneltfm.training.task_module import Split, TaskModule
 from funneltfm.training.train_config import (
     PREDICT_GROUPS,
@@ -172,7 +173,8 @@ def _processes(args: Args, words: Sequence[str]) -> Iterator[bool]:
         yield False
         return
     cuda = torch.cuda.is_available() and args.accelerator in ("auto", "gpu", "cuda")
-    with ranks.joined(place, "nccl" if cuda else "gloo"), log_ranks(everyone=False):
+    device = "cpu" if _on_cpu(args) else "other"
+    with ranks.joined(place, "nccl" if cuda else "gloo"), log_ranks(everyone=False), fast(args, device):
         yield True
 
 
@@ -235,11 +237,15 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
         raise InputError(f"in {outputs.config}: {error}") from error
 
 
+def _on_cpu(args: Args) -> bool:
+    other = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return args.accelerator == "cpu" or (args.accelerator == "auto" and not other)
+
+
 def _devices(args: Args) -> int:
     """How many processes --devices asks for on this machine."""
-    on_cpu = args.accelerator == "cpu" or (args.accelerator == "auto" and not torch.cuda.is_available())
     if args.devices in ("auto", "-1"):
-        return 1 if on_cpu or args.accelerator == "mps" else max(1, torch.cuda.device_count())
+        return 1 if _on_cpu(args) or args.accelerator == "mps" else max(1, torch.cuda.device_count())
     count = args.devices.strip(",").count(",") + 1 if "," in args.devices else args.devices
     try:
         return max(1, int(count))
@@ -445,15 +451,26 @@ def _collate(args: Args, module: TaskModule, text: TextEncoder, teachers: Teache
     return Collate(module.tasks, text.tokenizer, length, token_types=token_types)
 
 
+def _batches(args: Args, module: TaskModule, features: Features, collate: Collate, size: int) -> int | TokenBudget:
+    """Examples in a batch, or with --max_tokens the tokens that it may have."""
+    if not args.max_tokens:
+        return size
+    if "parts" in features.ragged:
+        raise InputError(f"--max_tokens is for one text an example; {args.pipeline} has several. Give --batch_size.")
+    of_encoder = getattr(module.heads.backbone, "padded_length", int)
+    return TokenBudget(args.max_tokens, lambda longest: of_encoder(collate.padded_length(longest)))
+
+
 def _train_loader(
     args: Args, module: TaskModule, text: TextEncoder, draw: Mixture | None
 ) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
     """The batches, and the names of the examples by index."""
     train = _first_batches(module.splits["train"], args)
     check_accumulate(args, len(train.features))
+    collate = _collate(args, module, text, module.teachers)
     batches = StepSampler(
         train.features.lengths,
-        args.batch_size,
+        _batches(args, module, train.features, collate, args.batch_size),
         args.seed,
         args.accumulate_grad_batches,
         ranks.rank(),
@@ -462,7 +479,6 @@ def _train_loader(
         draw=None if draw is None else lambda epoch: draw.epoch(args.seed, epoch),
     )
     prepare = Prepare(module.tasks, text, args.seed)
-    collate = _collate(args, module, text, module.teachers)
     digest = _digest(args, module, text)
     loader = TrainLoader(train.features, collate, batches, prepare, args.seed, digest, **_loading(args))
     return loader, train.features.plain["row"]
@@ -725,9 +741,7 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
     """Lightning's Trainer for the flags' devices; every process of a run makes its own."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     plugins = kwargs.pop("plugins", [])
-    on_cpu = args.accelerator == "cpu" or (
-        args.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    )
+    on_cpu = _on_cpu(args)
     numbers = [int(word) for word in args.devices.strip(",").split(",")] if "," in args.devices and not on_cpu else None
     precision: str | None = args.precision
     if args.precision == "16-mixed" and on_cpu:  # Lightning's own would silently be bf16 there
@@ -769,10 +783,11 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
 
 
 def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> Any:
+    features, collate = module.splits[stage].features, _collate(args, module, text)
     return eval_loader(
-        module.splits[stage].features,
-        _collate(args, module, text),
-        args.eval_batch_size or args.batch_size,
+        features,
+        collate,
+        _batches(args, module, features, collate, args.eval_batch_size or args.batch_size),
         ranks.rank(),
         ranks.size(),
         Prepare(module.scored(), text, args.seed),

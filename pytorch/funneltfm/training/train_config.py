@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, own_flags, task_names
-from funneltfm.training.config import Args, Group, check_workers, flag_fields, typed_args
+from funneltfm.training.config import Args, Group, SpeedFlags, check_speed_flags, check_workers, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
 
@@ -65,8 +65,6 @@ class ModelFlags:
     """Longest input in tokens, special ones included."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, more time."""
-    compile: bool = False
-    """Compile the encoder with torch.compile."""
     dynamo_fallback_eager: bool = False
     """With compile: where it fails, run uncompiled."""
 
@@ -279,6 +277,7 @@ TRAIN_GROUPS: tuple[Group, ...] = (
     ("Sparse training", SparsityFlags, ()),
     ("Distillation", DistillFlags, ()),
     ("Lightning's trainer", TrainerFlags, ()),
+    ("Speed", SpeedFlags, ()),
     ("What is kept", KeepFlags, ()),
 )
 _PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -352,8 +351,13 @@ def make_train_args(**flags: Any) -> Args:
         )
     if args.strategy == "fsdp" and args.precision == "16-mixed":
         raise InputError("fsdp goes with fp32 and bf16: give --precision bf16-mixed, or another --strategy.")
-    if args.strategy == "fsdp" and (args.compile or args.stochastic_weight_averaging):
-        raise InputError("fsdp does not go with --compile or --stochastic_weight_averaging: leave them out, or fsdp.")
+    check_speed_flags(args, ("batch_size", "eval_batch_size"))
+    if args.strategy == "fsdp" and args.stochastic_weight_averaging:
+        raise InputError("fsdp does not go with --stochastic_weight_averaging: leave it out, or fsdp.")
+    if args.max_tokens and "group_by_length" in args.given and not args.group_by_length:
+        raise InputError("--max_tokens makes batches of similar lengths: leave out --group_by_length, or max_tokens.")
+    if args.max_tokens and args.overfit_batches:
+        raise InputError("--overfit_batches counts batches of --batch_size: leave it out, or --max_tokens.")
     if args.optimizer == "fuse_adam" and args.precision == "16-mixed" and args.gradient_clip_val is not None:
         raise InputError(
             "fuse_adam unscales fp16 gradients by itself, so they cannot be clipped: use adamw or bf16-mixed."
@@ -429,6 +433,7 @@ class PredictFlags:
 PREDICT_GROUPS: tuple[Group, ...] = (
     ("Prediction", PredictFlags, ()),
     (str(GenerationFlags.__doc__), GenerationFlags, ()),
+    ("Speed", SpeedFlags, ("compile",)),
 )
 # Of the run that has trained a model, prediction goes by these.
 _OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence_length", "seed"}
@@ -461,7 +466,7 @@ def _check_streaming(args: Args) -> None:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
     for flag in (
         *("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
-        *("tokenized_dir", "prepare_data_workers"),
+        *("tokenized_dir", "prepare_data_workers", "max_tokens"),
     ):
         if getattr(args, flag):
             raise InputError(f"--{flag} does not go with --streaming.")
