@@ -1009,7 +1009,7 @@ def test_a_sealed_checkpoint_of_something_else_is_passed_over(
     config = root / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace("d_inner: 16", "d_inner: 8"), encoding="utf-8")
     last.write_bytes(good)
-    with pytest.raises(InputError, match=r"damaged or foreign.*--overwrite"):
+    with pytest.raises(InputError, match=r"foreign or damaged.*--overwrite"):
         classify(model_dir=str(root), resume=True)
     assert f"the checkpoint {last} is of another model; trying previous.ckpt" in caplog.messages
 

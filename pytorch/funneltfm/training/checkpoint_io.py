@@ -69,7 +69,7 @@ def newest_whole(paths: list[Path], shapes: Mapping[str, torch.Size] | None = No
         older = there[there.index(path) + 1 :]
         log.warning("the checkpoint %s is %s%s", path, wrong, f"; trying {older[0].name}" if older else "")
     raise InputError(
-        f"every checkpoint of the run is damaged or foreign ({', '.join(map(str, there))}): cut short, changed, of "
+        f"every checkpoint of the run is foreign or damaged ({', '.join(map(str, there))}): cut short, changed, of "
         f"another model, or not written by this program. Restore one, or start the run anew with --overwrite."
     )
 
