@@ -114,7 +114,8 @@ def pretraining_flags(args: argparse.Namespace, objective: str, steps: int) -> d
 
 def step_flops(args: argparse.Namespace, objective: str) -> int:
     """FLOPs of one training step, forward and backward."""
-    flags = make_train_args(**pretraining_flags(args, objective, 1) | {"test_dataset": None})
+    train_only = {"test_dataset": None, "limit_test_batches": None}
+    flags = make_train_args(**pretraining_flags(args, objective, 1) | train_only)
     tasks = make_tasks(flags.pipeline, flags)
     tokenizer = load_tokenizer(flags, tasks)
     text = TextEncoder(tokenizer, args.length)
