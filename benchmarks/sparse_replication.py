@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("cells", nargs="*", default=["*"], help="cells by name, or globs")
     parser.add_argument("--data_dir", default="data", help="folder with wikitext-2 in it (default data)")
     parser.add_argument("--output_dir", default="outputs/replication", help="of the runs (default outputs/replication)")
-    parser.add_argument("--steps", type=int, default=800, help="of a cell; a teacher takes three times as many")
+    parser.add_argument("--steps", type=int, default=1200, help="of a cell; a teacher takes three times as many")
     parser.add_argument("--vocab_size", type=int, default=4000, help="pieces of the vocabulary (default 4000)")
     parser.add_argument("--accelerator", default="cpu", help="as of funneltfm train (default cpu)")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a little text: a test of the code")
