@@ -228,7 +228,8 @@ def data_digest(*parts: bytes | np.ndarray) -> str:
         elif isinstance(part, np.ndarray) and part.dtype == object:
             part = repr(part.tolist()).encode()
         content = part if isinstance(part, bytes) else part.tobytes()
-        digest.update(len(content).to_bytes(8, "little") + content)
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
     return digest.hexdigest()
 
 
