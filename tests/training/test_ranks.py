@@ -10,9 +10,10 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -200,8 +201,8 @@ STEPS: dict[str, tuple[int, int, int, str | None]] = {
 }
 
 
-def train(name: str, alone: bool, spoiled_rank: int | None = None) -> dict[str, Any]:
-    """The gradients of each step before clipping, and the weights after the last one."""
+def train(name: str, alone: bool, spoiled_rank: int | None = None, **more: Any) -> dict[str, Any]:
+    """The gradients of each step before clipping, the weights after the last one, and what wrapped the model."""
     n, size, accumulate, level = STEPS[name]
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 20, n)
@@ -221,7 +222,7 @@ def train(name: str, alone: bool, spoiled_rank: int | None = None) -> dict[str, 
         accumulate = 1
     else:
         loader = RunLoader(split, collator, size, 1, 1, accumulate, rank=ranks.rank(), ranks=2)
-    args = make_args(device_id=-1, lr=1e-3, clip=0.1)
+    args = make_args(device_id=-1, lr=1e-3, clip=0.1, **more)
     gradients: list[list[Tensor]] = []
 
     class Noting(Pipeline):
@@ -243,7 +244,38 @@ def train(name: str, alone: bool, spoiled_rank: int | None = None) -> dict[str, 
         "gradients": gradients,
         "weights": {key: value.float() for key, value in model.state_dict().items()},
         "scale": scaler.get_scale() if scaler is not None else None,
+        "wrapper": type(trainer.strategy.model).__name__,
     }
+
+
+class Averaging(torch.nn.Module):
+    """In place of apex's DistributedDataParallel: gradients are averaged over two processes when they are there."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(self.average)
+
+    @staticmethod
+    def average(parameter: Tensor) -> None:
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad.div_(2)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def installed_apex() -> Iterator[None]:
+    """One that has a DistributedDataParallel and nothing else."""
+    package, parallel = ModuleType("apex"), ModuleType("apex.parallel")
+    parallel.DistributedDataParallel = Averaging  # type: ignore[attr-defined]
+    package.__path__ = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "apex", package)
+        patch.setitem(sys.modules, "apex.parallel", parallel)
+        yield
 
 
 class PowerCut(RuntimeError):
@@ -283,6 +315,8 @@ def two(folder: Path) -> None:
         Path(f"agreements.{rank}.json").write_text(json.dumps(agreements()), encoding="utf-8")
         steps = {name: train(name, alone=False) for name in STEPS}
         steps["skipped"] = train("fp16 O2", alone=False, spoiled_rank=1)
+        with installed_apex():
+            steps["apex"] = train("accumulation", alone=False, ddp_backend="apex")
         torch.save(steps, f"steps.{rank}.pt")
 
         flags = json.loads(Path("flags.json").read_text(encoding="utf-8"))
@@ -407,6 +441,17 @@ def test_two_with_half_the_batch_learn_what_one_does(pair: Path, name: str) -> N
         assert torch.equal(main["weights"][key], other["weights"][key])
         torch.testing.assert_close(main["weights"][key], expected, atol=2e-3 if half else 1e-6, rtol=0)
     assert main["scale"] == other["scale"] == alone["scale"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`:UserWarning")
+def test_an_apex_that_has_data_parallelism_is_used(pair: Path) -> None:
+    alone = train("accumulation", alone=True)
+    for steps in by_rank(pair, "steps.pt"):
+        assert (steps["apex"]["wrapper"], steps["accumulation"]["wrapper"]) == ("Averaging", "DistributedDataParallel")
+        for key, expected in alone["weights"].items():
+            torch.testing.assert_close(steps["apex"]["weights"][key], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

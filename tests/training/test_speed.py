@@ -128,7 +128,7 @@ def test_other_lengths_and_batch_sizes_compile_nothing_anew(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # that torch.compile looks at by itself
+@pytest.mark.filterwarnings("ignore")  # of what torch imports for it
 def test_compiled_to_the_end(monkeypatch):
     try:
         speed._check_compiler()

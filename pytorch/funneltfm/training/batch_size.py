@@ -31,7 +31,7 @@ from funneltfm.tasks.classification import Classification
 from funneltfm.training.config import Args, make_args
 from funneltfm.training.launch import python_path
 from funneltfm.training.pipeline import Pipeline
-from funneltfm.training.setup import Devices, choose_devices, make_trainer
+from funneltfm.training.setup import Devices, choose_devices, make_trainer, warn_of_diverging
 
 log = logging.getLogger(__name__)
 
@@ -318,6 +318,7 @@ def find_batch_sizes(
     limit = _limit(memory_limit, devices)
     cells = []
     for name, config in models.items():
+        warn_of_diverging(args, config)
         for length in dict.fromkeys(lengths):
             case = Case(config, length, flags)
             trial = partial(_trial, MEASURE[devices.accelerator], name, case, limit)
