@@ -119,7 +119,7 @@ def flags(task: str, model: str, folder: Path) -> dict[str, Any]:
         "additional_config_kwargs": tuple(f"{key}={value}" for key, value in (MODELS | WRITERS)[model].items()),
         "pre_trained_tokenizer": str(vocabulary), "max_sequence_length": 24, "batch_size": 2, "max_steps": 1,
         "accelerator": "cpu", "train_dataset": (str(data),), "valid_dataset": str(data), "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1, "no_epoch_checkpointing": True, "no_val_checkpointing": True,
+        "log_every_n_steps": 1, "no_epoch_checkpointing": True, "no_val_checkpointing": True, "seed": 3,
     }  # fmt: skip
 
 
@@ -150,10 +150,8 @@ def go_round(task: str, model: str, folder: Path) -> None:
     out = Outputs(folder / "out", "run")
     (written,) = out.predictions.iterdir()
     rows = [json.loads(line) for line in written.read_text().splitlines()]
-    if task == "masked_lm":
-        return  # what it finds depends on the masks
     again = predict(pre_trained_model=str(out.best), predict_dataset=settings["valid_dataset"], accelerator="cpu")
-    assert len(again) == len(rows)
+    assert len(again) == len(rows) > 0
     for one, other in zip(rows, again, strict=True):
         assert alike(one, json.loads(json.dumps(other))), (one, other)
 
