@@ -99,15 +99,51 @@ def test_02_requirements_are_valid_and_pin_and_fetch_nothing():
         assert not any(spec.operator in ("==", "===") for spec in requirement.specifier)
 
 
-def test_03_no_optional_dependency_is_imported():
-    optional = "deepspeed bitsandbytes boto3 sentence_transformers numba blingfire ray wandb apex tensorflow datasets"
-    code = (
-        f"import sys, funneltfm, funneltfm.training.train; print([m for m in {optional.split()} if m in sys.modules])"
-    )
+def optional_modules() -> set[str]:
+    """What the extras install, and what the older framework wanted of everybody."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (line for lines in project["optional-dependencies"].values() for line in lines)
+    names = {Requirement(line).name for line in lines} - {project["name"]}
+    assert {"datasets", "transformers", "ray", "bitsandbytes", "wandb", "tensorflow-cpu"} <= names
+    modules = {"tensorflow-cpu": "tensorflow", "pytest-xdist": "xdist", "pytrec-eval-terrier": "pytrec_eval"}
+    older = "deepspeed bitsandbytes boto3 sentence_transformers numba blingfire apex"
+    return {modules.get(name, name.replace("-", "_")) for name in names} | {*older.split()}
+
+
+@pytest.mark.parametrize(
+    ("modules", "by_others"),
+    [
+        ("funneltfm", ()),
+        # torchmetrics, which Lightning imports, takes transformers where it is, and that what it finds
+        (
+            "funneltfm.cli.main, funneltfm.training.classify, funneltfm.training.train",
+            ("transformers", "safetensors", "accelerate", "psutil"),
+        ),
+    ],
+)
+def test_03_no_optional_dependency_is_imported(modules, by_others):
+    code = f"import sys, {modules}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "pytorch"
     )
-    assert done.stdout.strip() == "[]"
+    loaded = set(done.stdout.split())
+    assert "funneltfm" in loaded
+    assert (loaded & optional_modules()).difference(by_others) == set()
+
+
+def test_03_every_module_finds_its_optional_dependencies_late():
+    """All but what is written for transformers alone import them where they are needed."""
+    optional, bound = optional_modules(), {"funnel/hf.py", "lsg/auto.py", "lsg/convert.py", "lsg/models.py"}
+    for path in (ROOT / "pytorch/funneltfm").rglob("*.py"):
+        name = path.relative_to(ROOT / "pytorch/funneltfm").as_posix()
+        at_once = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for inner in ast.walk(node) if isinstance(node, ast.Import | ast.ImportFrom | ast.Try | ast.If) else ():
+                if isinstance(inner, ast.Import):
+                    at_once |= {alias.name.partition(".")[0] for alias in inner.names}
+                elif isinstance(inner, ast.ImportFrom):
+                    at_once.add(str(inner.module).partition(".")[0])
+        assert at_once & optional <= ({"transformers"} if name in bound else set()), name
 
 
 def test_04_what_is_imported_of_transformers_is_there():
