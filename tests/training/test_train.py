@@ -10,18 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from funneltfm.cli.train import main
+from funneltfm.data.features import Features
 from funneltfm.errors import InputError
 from funneltfm.training import train as train_module
 from funneltfm.training.config import flag_fields
 from funneltfm.training.outputs import Outputs
+from funneltfm.training.task_module import Split
 from funneltfm.training.train import predict, train
 from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_train_args
 
@@ -443,7 +447,8 @@ def test_a_stream_has_the_same_classes(data, tmp_path, kind):
         ({"probability_masked": 0.5, "pipeline": "masked_lm"}, "must add to 1"),
         ({"name": "../x"}, "usable as a folder"),
         ({"accelerator": "gpu"}, "gpu"),
-        ({"limit_val_batches": 0.001}, "Lightning's trainer does not take these flags"),
+        ({"limit_val_batches": 1.5}, "limit_val_batches must be a number of batches, or a share; got 1.5"),
+        ({"limit_test_batches": -1}, "limit_test_batches must be a number of batches, or a share; got -1"),
         ({"limit_train_batches": 0}, "limit_train_batches must be more than 0"),
         ({"val_check_interval": 1000}, "an epoch has 15 batches"),
         ({"monitor": "train/loss"}, "valid/TASK/METRIC"),
@@ -663,6 +668,55 @@ def test_the_trainers_flags(data, tmp_path, more):
     assert 0 < results["steps"] <= limit or more.get("max_time")
     if not (more.get("fast_dev_run") or more.get("barebones") or "valid_dataset" in more):
         assert 0 <= results["valid"]["seq_class/accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "n"),
+    [({"limit_test_batches": 2}, 16), ({"limit_test_batches": 0.3}, 12), ({"limit_test_batches": 0.001}, 1),
+     ({"limit_test_batches": 2, "eval_batch_size": 3}, 6), ({"limit_test_batches": 9}, 40)],
+)  # fmt: skip
+def test_a_limited_evaluation_is_of_the_first_of_the_data(data, tmp_path, more, n):
+    """Batches are sorted by length; the first of them are of the shortest texts."""
+    results = train(**flags(data, tmp_path, **more, max_steps=2, max_epochs=None, name="few"))
+    lines = (Outputs(tmp_path, "few").predictions / "test.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == list(range(n))
+    assert "seq_class/accuracy" in results["test"]
+
+
+def test_a_limited_evaluation_by_tokens(data, tmp_path):
+    """So many batches have so many examples on average."""
+    more = {"max_tokens": 64, "limit_test_batches": 4, "num_sanity_val_steps": 0}
+    train(**flags(data, tmp_path, **more, max_steps=2, max_epochs=None))
+    lines = (Outputs(tmp_path, "run").predictions / "test.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert ids == list(range(len(ids)))
+    assert 12 <= len(ids) <= 28
+
+
+def test_a_limited_evaluation_takes_whole_groups():
+    args = make_train_args(pipeline="retrieval", test_dataset="x", limit_test_batches=1)
+    features = Features.of([{"row": i, "input_ids": [1] * (9 - i)} for i in range(6)])
+    task = SimpleNamespace(groups=lambda features: np.array([0, 0, 1, 2, 1, 0]))
+    module: Any = SimpleNamespace(splits={"test": Split("test", [], features)}, scored=lambda: [task])
+    assert train_module._head(args, module, "test", 3).tolist() == [0, 1, 2, 4, 5]
+    task.groups = lambda features: None
+    assert train_module._head(args, module, "test", 3).tolist() == [0, 1, 2]
+
+
+def test_the_sanity_validation_sees_the_longest_texts(data, tmp_path, monkeypatch):
+    seen = []
+    step = train_module.TaskModule.validation_step
+
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.sanity_checking:
+            seen.append(batch["inputs"]["input_ids"].shape[1])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(train_module.TaskModule, "validation_step", validation_step)
+    train(**flags(data, tmp_path, max_steps=1, max_epochs=None))
+    texts = [json.loads(line)["text"] for line in (data / "valid.jsonl").read_text().splitlines()]
+    assert len(seen) == 2
+    assert seen[0] == max(len(text.split()) for text in texts) + 2
 
 
 def test_the_mixture_of_datasets_keeps_its_shares(data, tmp_path, monkeypatch):

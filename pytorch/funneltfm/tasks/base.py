@@ -165,6 +165,12 @@ class Task:
 
     # ---- scores
 
+    def groups(self, features: Features) -> np.ndarray | None:
+        """(N,) int: equal for examples that are scored together, of which an evaluation that is limited takes all or
+        none; None: each alone.
+        """
+        return None
+
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         """Scores of a training batch, now and then, for the log."""
         return {}

@@ -212,6 +212,9 @@ class Retrieval(Task):
 
     # ---- scores
 
+    def groups(self, features: Features) -> np.ndarray | None:
+        return features.plain["query"]
+
     def record(self, logits: Tensor, batch: Batch) -> list[Record]:
         a, b = logits.double().unbind(dim=1)
         cosine = F.cosine_similarity(a, b, dim=-1)

@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from funneltfm.data.batching import StepSampler, TokenBudget, data_digest
+from funneltfm.data.batching import StepSampler, TokenBudget, data_digest, eval_batches
 from funneltfm.data.columns import filtered
 from funneltfm.data.features import Example, Features, TrainLoader, eval_loader
 from funneltfm.data.kept import kept
@@ -630,13 +630,24 @@ def _first_batches(train: Split, args: Args) -> Split:
     """--overfit_batches of the training data, or all."""
     if not args.overfit_batches:
         return train
-    n, few = len(train.features), args.overfit_batches
-    n = min(n, few * args.batch_size * ranks.size()) if isinstance(few, int) else max(1, int(few * n))
+    n = _first(len(train.features), args.overfit_batches, args.batch_size)
     return Split(train.name, train.rows, train.features.take(range(n)))
 
 
-def _limit(args: Args, stage: str) -> int | float | None:
-    """Batches of an evaluation."""
+def _first(n: int, limit: int | float, batch_size: int) -> int:
+    """How many of n examples so many batches of each process take, or a share, which is one at least."""
+    return min(n, limit * batch_size * ranks.size()) if isinstance(limit, int) else max(1, int(limit * n))
+
+
+def _limit(args: Args, stage: str) -> int | None:
+    """What Lightning is told: no batch of an evaluation, or all of those that `_head` leaves."""
+    return 0 if _batch_limit(args, stage) == 0 else None
+
+
+def _batch_limit(args: Args, stage: str) -> int | float | None:
+    """Batches of an evaluation, or the share of its examples."""
+    if args.fast_dev_run:
+        return 1
     if stage == "valid":
         return args.overfit_batches or args.limit_val_batches
     return getattr(args, f"limit_{stage}_batches")
@@ -784,15 +795,33 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
 
 def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> Any:
     features, collate = module.splits[stage].features, _collate(args, module, text)
+    size = _batches(args, module, features, collate, args.eval_batch_size or args.batch_size)
     return eval_loader(
         features,
         collate,
-        _batches(args, module, features, collate, args.eval_batch_size or args.batch_size),
+        size,
         ranks.rank(),
         ranks.size(),
         Prepare(module.scored(), text, args.seed),
+        _head(args, module, stage, size),
         **_loading(args),
     )
+
+
+def _head(args: Args, module: TaskModule, stage: str, size: int | TokenBudget) -> np.ndarray | None:
+    """The examples that --limit_STAGE_batches leaves, the first of the data: batches are sorted by length, and the
+    first of those would be the shortest. What is scored together comes whole.
+    """
+    limit, features = _batch_limit(args, stage), module.splits[stage].features
+    if limit is None:
+        return None
+    if isinstance(size, TokenBudget):  # the mean of all its batches
+        size = max(1, len(features) // len(eval_batches(features.lengths, size)))
+    head = np.arange(_first(len(features), limit, size))
+    for task in module.scored():
+        if (groups := task.groups(features)) is not None:
+            head = np.flatnonzero(np.isin(groups, groups[head]))
+    return head
 
 
 def evaluate(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> None:

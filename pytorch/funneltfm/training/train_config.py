@@ -176,11 +176,13 @@ class TrainerFlags:
     limit_train_batches: int | float | None = None
     """Batches of an epoch, as a number or a share (1.0 is all, 1 is one batch)."""
     limit_val_batches: int | float | None = None
-    """Batches of a validation, as a number or a share."""
+    """Validate on the first examples of the data: so many batches of each device, or this share of all; whole queries
+    and questions. 0 is no validation.
+    """
     limit_test_batches: int | float | None = None
-    """Batches of a test, as a number or a share."""
+    """Test on the first examples only, likewise."""
     limit_predict_batches: int | float | None = None
-    """Batches of a prediction, as a number or a share."""
+    """Predict the first examples only, likewise."""
     overfit_batches: int | float = 0.0
     """Train on so many of the first batches only (or this share), and validate on as many: a check of the code."""
     val_check_interval: int | float | None = None
@@ -190,7 +192,7 @@ class TrainerFlags:
     check_val_every_n_epoch: int | None = 1
     """Validate every so many epochs; none counts the batches of val_check_interval on through all epochs."""
     num_sanity_val_steps: int = 2
-    """Validation batches before training, to find errors early; -1 is all."""
+    """Validation batches before training, to find errors early: those with the longest texts; -1 is all."""
     log_every_n_steps: int = 50
     """Steps between two lines of the training log."""
     accumulate_grad_batches: int = 1
@@ -490,8 +492,10 @@ def _check_ranges(args: Args) -> None:
     for name in ("limit_train_batches", "val_check_interval", "max_epochs"):
         if getattr(args, name) == 0:
             raise InputError(f"{name} must be more than 0.")
-    if args.overfit_batches < 0 or (isinstance(args.overfit_batches, float) and args.overfit_batches > 1):
-        raise InputError(f"overfit_batches must be a number of batches, or a share; got {args.overfit_batches}.")
+    for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"):
+        value = getattr(args, name)
+        if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+            raise InputError(f"{name} must be a number of batches, or a share; got {value}.")
     if args.seeds is not None and ("seed" in args.given or len({*args.seeds}) < len(args.seeds)):
         raise InputError(f"--seeds must be different numbers, and takes the place of --seed; got {args.seeds}.")
     for flag in ("min_epochs", "min_steps"):
