@@ -79,7 +79,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def train_features(folder: Path, **more: Any) -> Features:
     args = make_train_args(**flags(folder, folder, **more))
     tasks = make_tasks(args.pipeline, args)
-    text = TextEncoder(load_tokenizer(args, tasks), args.max_sequence_length)
+    text = TextEncoder(load_tokenizer(args, tasks), args.max_sequence_length[0])
     return load_splits(args, tasks, text)[0]["train"].features
 
 

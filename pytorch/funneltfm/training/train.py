@@ -323,7 +323,7 @@ def _tasks(args: Args) -> tuple[list[Task], TextEncoder]:
             elif task in learners:
                 raise InputError(f"{args.pre_trained_model} was trained for {', '.join(known)}, not for {task.name}.")
     tokenizer = ranks.main_first(lambda: load_tokenizer(args, tasks))
-    return tasks, TextEncoder(tokenizer, args.max_sequence_length, token_types=args.extended_token_type_ids)
+    return tasks, TextEncoder(tokenizer, args.max_sequence_length[0], token_types=args.extended_token_type_ids)
 
 
 def _hyperparameters(folder: str | None) -> dict[str, Any]:
@@ -446,7 +446,7 @@ def _loading(args: Args) -> dict[str, Any]:
 
 
 def _collate(args: Args, module: TaskModule, text: TextEncoder, teachers: Teachers | None = None) -> Collate:
-    length = args.max_sequence_length if args.pad_to_max_length else None
+    length = max(args.max_sequence_length) if args.pad_to_max_length else None
     token_types = n_token_types(module.heads.backbone) > 1 or (teachers is not None and teachers.token_types)
     return Collate(module.tasks, text.tokenizer, length, token_types=token_types)
 

@@ -61,8 +61,10 @@ class ModelFlags:
     """electra: config of the generator, which is trained from scratch: a folder, a config.json, or a name."""
     additional_config_kwargs: tuple[str, ...] = ()
     """Keys of the config to set, as in hidden_size=128 hidden_dropout_prob=0.0; values are read as YAML."""
-    max_sequence_length: int = 128
-    """Longest input in tokens, special ones included."""
+    max_sequence_length: tuple[int, ...] = (128,)
+    """Longest input in tokens, special ones included. retrieval takes one number, or two: of the first text (the query)
+    and of the second.
+    """
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, more time."""
     dynamo_fallback_eager: bool = False
@@ -287,7 +289,7 @@ _PRECISIONS |= {
     name: name for name in ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "32-true", "64-true")
 }  # fmt: skip
 _AT_LEAST_ONE = (
-    *("max_sequence_length", "batch_size", "eval_batch_size", "accumulate_grad_batches", "num_nodes", "patience"),
+    *("batch_size", "eval_batch_size", "accumulate_grad_batches", "num_nodes", "patience"),
     *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
     *("max_number_of_spans", "max_target_length", "max_multi_token_predictions", "generation_num_beams"),
@@ -483,6 +485,14 @@ def _check_ranges(args: Args) -> None:
     for name in _AT_LEAST_ONE:
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"{name} must be at least 1; got {value}.")
+    lengths = args.max_sequence_length
+    if min(lengths) < 1:
+        raise InputError(f"max_sequence_length must be at least 1; got {min(lengths)}.")
+    if args.pipeline is not None and len(lengths) > (most := 2 if "retrieval" in task_names(args.pipeline) else 1):
+        raise InputError(
+            f"--max_sequence_length takes {'one number or two' if most == 2 else 'one number'} with --pipeline "
+            f"{args.pipeline}; got {' '.join(map(str, lengths))}. Two are for retrieval, one a text."
+        )
     for name in _NOT_NEGATIVE:
         if (value := getattr(args, name)) is not None and value < 0:
             raise InputError(f"{name} must not be negative; got {value}.")
