@@ -162,7 +162,7 @@ def test_each_text_has_its_own_longest_length(tokenizers, tmp_path):
     assert "retrieval/loss" in train(**flags | {"max_sequence_length": (8, 32), "pad_to_max_length": True})["valid"]
     with pytest.raises(InputError, match="takes one number or two with --pipeline retrieval; got 1 2 3"):
         task_of(max_sequence_length=(1, 2, 3))
-    with pytest.raises(InputError, match="takes one number with --pipeline seq_class; got 8 16. Two are for retrieval"):
+    with pytest.raises(InputError, match=r"one number with --pipeline seq_class; got 8 16\. Two are for retrieval"):
         make_train_args(pipeline="seq_class", max_sequence_length=(8, 16))
     with pytest.raises(InputError, match="max_sequence_length must be at least 1; got 0"):
         task_of(max_sequence_length=(8, 0))

@@ -719,6 +719,27 @@ def test_the_sanity_validation_sees_the_longest_texts(data, tmp_path, monkeypatc
     assert seen[0] == max(len(text.split()) for text in texts) + 2
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_each_split_tells_once_what_is_cut(data, tmp_path, caplog, kept):
+    """Of kept data too, when they are read again."""
+    more = {"pipeline": "masked_lm", "tokenized_dir": str(tmp_path / "kept")} if kept else {"pipeline": "seq_class"}
+    more |= {"max_sequence_length": 8, "max_steps": 1, "max_epochs": None, "test_dataset": None}
+    for name in ("one", "two"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(**flags(data, tmp_path / "out", **more, name=name))
+        told = [message for message in caplog.messages if "longer than" in message]
+        lengths = {
+            split: [len(json.loads(line)["text"].split()) + 2 for line in (data / split).read_text().splitlines()]
+            for split in ("train.jsonl", "valid.jsonl")
+        }
+        assert told == [
+            f"{data / split}: {sum(n > 8 for n in of_split)} of {len(of_split)} inputs were longer than "
+            f"--max_sequence_length and are cut; the longest had {max(of_split)} tokens"
+            for split, of_split in lengths.items()
+        ]
+
+
 def test_the_mixture_of_datasets_keeps_its_shares(data, tmp_path, monkeypatch):
     seen = []
     step = train_module.TaskModule.training_step

@@ -8,6 +8,7 @@ import copy
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features, pad
 from funneltfm.data.sources import place
-from funneltfm.data.text import Text, TextEncoder
+from funneltfm.data.text import Cuts, Text, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASKS, own_flags
 from funneltfm.tasks.heads import replayed, save_pretrained
@@ -269,7 +270,7 @@ def encode_rows(
     leads = [task for task in tasks if not task.corrupts] or list(tasks)
     examples = leads[0].encode(rows, text, where)
     for task in leads[1:]:
-        more = task.encode(rows, text, where)
+        more = task.encode(rows, replace(text, cuts=Cuts()), where)  # the same texts, counted once
         same = len(more) == len(examples) and all(
             np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(examples, more, strict=True)
         )

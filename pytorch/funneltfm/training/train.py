@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,7 @@ from funneltfm.data.sources import (
     stream_rows,
 )
 from funneltfm.data.streaming import RowNumbers, StreamLoader
-from funneltfm.data.text import TextEncoder
+from funneltfm.data.text import Cuts, TextEncoder
 from funneltfm.errors import InputError, Stopped, brief
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
@@ -390,6 +391,7 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         for task in tasks:
             task.learn(rows)
         splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
+        text.cuts.tell(rows.name)
         for task in tasks:
             if not task.corrupts and not splits["train"].labelled(task):
                 raise InputError(f"{rows.name} has no labels for {task.name}; training needs them. Name their column.")
@@ -402,12 +404,13 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         elif source is not None:
             rows = _rows(args, stage, source)
             splits[stage] = Split(stage, rows, encode_rows(tasks, rows, text, rows.name))
+            text.cuts.tell(rows.name)
     return splits, mixture
 
 
 def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str, sources: Sequence[str]) -> Split:
     """Of tasks that read texts alone; their data are opened where --tokenized_dir has nothing of them."""
-    task = tasks[0]
+    task, text = tasks[0], replace(text, cuts=Cuts())
     assert isinstance(task, Unlabelled)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
@@ -422,7 +425,9 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
         some = (rows.select(np.arange(i, min(i + 1024, len(rows)))) for i in range(0, len(rows), 1024))
         return task.examples((texts for part in some for texts in task.texts(part, rows.name)), text)
 
-    features = kept(Path(args.tokenized_dir), re.sub(r"\W+", "_", Path(sources[0]).stem), key, examples)
+    name = re.sub(r"\W+", "_", Path(sources[0]).stem)
+    features = kept(Path(args.tokenized_dir), name, key, examples, lambda: vars(text.cuts))
+    Cuts(**features.note).tell(rows.name)
     if not len(features):
         raise InputError(f"{rows.name}: no row makes an example.")
     return Split(stage, rows, features)

@@ -62,8 +62,8 @@ class ModelFlags:
     additional_config_kwargs: tuple[str, ...] = ()
     """Keys of the config to set, as in hidden_size=128 hidden_dropout_prob=0.0; values are read as YAML."""
     max_sequence_length: tuple[int, ...] = (128,)
-    """Longest input in tokens, special ones included. retrieval takes one number, or two: of the first text (the query)
-    and of the second.
+    """Longest input in tokens, special ones included; how many were longer, and are cut, is logged. retrieval takes one
+    number, or two: of the first text (the query) and of the second.
     """
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, more time."""
