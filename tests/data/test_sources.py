@@ -513,8 +513,12 @@ def streamed(folder, kind, datasets, count=3000):
     return write(name, [{"text": text} for text in texts], datasets)
 
 
+def value(row):
+    return int(row["text"] if "text" in row else row["words"][0])
+
+
 def values(rows):
-    return [int(row["text"] if "text" in row else row["words"][0]) for row in rows]
+    return [value(row) for row in rows]
 
 
 @pytest.mark.parametrize("kind", STREAMED)
@@ -536,6 +540,17 @@ def test_streams(tmp_path, kind, datasets):
         parts = [values(stream_rows(source, ranks=ranks, workers=workers, buffer=10, **place)) for place in places]
         assert sorted(chain(*parts)) == list(range(3000))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_rows_of_a_stream_have_the_same_numbers_for_all(tmp_path, kind, datasets):
+    source = streamed(tmp_path, kind, datasets)
+    stream = stream_rows(source, buffer=0)
+    numbers = {value(row): stream.number for row in stream}
+    assert len({*numbers.values()}) == 3000
+    for worker in range(7):
+        stream = stream_rows(source, seed=worker, buffer=10, worker=worker, workers=7)
+        assert all(numbers[value(row)] == stream.number for row in stream)
 
 
 def test_a_stream_of_few_rows(tmp_path):

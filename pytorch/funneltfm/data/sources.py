@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # str, int, float, bool, None, and lists and dicts of them, as the source has them
 BadRows = Literal["error", "skip"]
+Numbered = tuple[int, Row]  # a row of a stream, and its number
 
 
 class Rows(Sequence[Row]):
@@ -494,13 +495,20 @@ def _passes(size: int, start: int, count: int, key: tuple[int, ...]) -> np.ndarr
 
 
 class Stream(Iterator[Row]):
-    """Rows one after another. classes: the names of the integers of columns that have them."""
+    """Rows one after another. rows: each with its number. classes: the names of the integers of columns that have them.
 
-    def __init__(self, rows: Iterator[Row], classes: Mapping[str, list[str]]):
+    number: of the row that came last, the line where a text file has it, elsewhere its place in the source; the same
+    whoever reads it, in whatever order.
+    """
+
+    number: int
+
+    def __init__(self, rows: Iterator[Numbered], classes: Mapping[str, list[str]]):
         self.rows, self.classes = rows, classes
 
     def __next__(self) -> Row:
-        return next(self.rows)
+        self.number, row = next(self.rows)
+        return row
 
     def class_names(self, column: str) -> list[str] | None:
         return self.classes.get(column)
@@ -552,7 +560,7 @@ def stream_rows(
     return Stream(islice(rows, taken, None), classes)
 
 
-def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
+def _some(rows: Iterator[Numbered], source: str) -> Iterator[Numbered]:
     for row in rows:
         yield row
         break
@@ -563,8 +571,8 @@ def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
 
 def _stream(
     source: str, config: str | None, first: int, step: int, bad_rows: BadRows, documents: bool
-) -> tuple[Iterator[Row], dict[str, list[str]]]:
-    """Every step-th row from the first on, in the order of the source, and the names of classes."""
+) -> tuple[Iterator[Numbered], dict[str, list[str]]]:
+    """Every step-th row from the first on, in the order of the source, with their numbers, and the names of classes."""
     path = _local(source, config)
     if path is None:
         data = _from_hub(source, config, streaming=True)
@@ -572,7 +580,7 @@ def _stream(
     if path.is_dir() or _suffix(path) == ".json":
         rows = open_rows(source, bad_rows=bad_rows)
         named = {column: names for column in rows.columns if (names := rows.class_names(column))}
-        return (rows[i] for i in range(first, len(rows), step)), named
+        return ((i, rows[i]) for i in range(first, len(rows), step)), named
     if _suffix(path) == ".parquet":
         datasets = datasets_library(path)
         with readable(path, OSError, datasets.exceptions.DatasetsError):
@@ -580,31 +588,34 @@ def _stream(
 
             named = _classes(datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path)))
         return _stream_parquet(path, first, step), named
-    return (row for _, row, _ in _checked(path, "line", _records(path, first, step, documents), bad_rows)), {}
+    records = _records(path, first, step, documents)
+    return ((line, row) for line, row, _ in _checked(path, "line", records, bad_rows)), {}
 
 
-def _stream_batches(data: Any, first: int, step: int) -> Iterator[Row]:
+def _stream_batches(data: Any, first: int, step: int) -> Iterator[Numbered]:
     """Of an IterableDataset. Its own iterator would, in a worker of torch's loader, deal out its files once more."""
     rows = (
         dict(zip(batch, values, strict=True))
         for batch in data.iter(batch_size=256)
         for values in zip(*batch.values(), strict=True)
     )
-    return islice(rows, first, None, step)
+    return islice(enumerate(rows), first, None, step)
 
 
-def _stream_parquet(path: Path, first: int, step: int) -> Iterator[Row]:
+def _stream_parquet(path: Path, first: int, step: int) -> Iterator[Numbered]:
     datasets = datasets_library(path)
     with readable(path, OSError, datasets.exceptions.DatasetsError):
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as file:
+            start = 0
             for batch in file.iter_batches(batch_size=1024):
-                yield from batch.take(list(range(first, len(batch), step))).to_pylist()
-                first = (first - len(batch)) % step if first < len(batch) else first - len(batch)
+                chosen = list(range((first - start) % step, len(batch), step))
+                yield from zip((start + i for i in chosen), batch.take(chosen).to_pylist(), strict=True)
+                start += len(batch)
 
 
-def _shuffled(rows: Iterator[Row], buffer: int, rng: np.random.Generator) -> Iterator[Row]:
+def _shuffled(rows: Iterator[Numbered], buffer: int, rng: np.random.Generator) -> Iterator[Numbered]:
     held = list(islice(rows, buffer))
     for row in rows:
         if held:
