@@ -418,6 +418,31 @@ def test_a_stream_has_the_same_classes(data, tmp_path, kind):
         assert config.id2label == {0: "pos", 1: "neg", 2: "none"}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_filtered(data, tmp_path, monkeypatch, workers):
+    """Rows that are left out are nowhere: not in the batches, not in the classes."""
+    seen = []
+    step = train_module.TaskModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.extend(batch["inputs"]["input_ids"].tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(train_module.TaskModule, "training_step", training_step)
+    odd = "".join(json.dumps({"text": "music music", "label": "odd"}) + "\n" for _ in range(50))
+    (tmp_path / "train.jsonl").write_text(odd + (data / "train.jsonl").read_text() + odd)
+    more = {"train_dataset": [str(tmp_path / "train.jsonl")], "train_filter": ("label != odd", "text ~ t")}
+    more |= {"streaming": True, "streaming_buffer": 8, "max_steps": 30, "max_epochs": None, "num_workers": workers}
+    train(**flags(data, tmp_path / "out", **more))
+    config = transformers.AutoConfig.from_pretrained(Outputs(tmp_path / "out", "run").best)
+    assert config.id2label == {0: "neg", 1: "pos"}
+    assert len(seen) == 240
+    music = WORDS.index("music")
+    assert not any(ids[1:3] == [music, music] for ids in seen)
+    with pytest.raises(InputError, match=r"expected a column of .* in the condition 'lable != odd'"):
+        train(**flags(data, tmp_path / "out", **more | {"train_filter": ("lable != odd",)}, overwrite=True))
+
+
 # ---- what it refuses
 
 

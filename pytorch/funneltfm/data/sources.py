@@ -536,6 +536,7 @@ def stream_rows(
     workers: int = 1,
     bad_rows: BadRows = "error",
     documents: bool = False,
+    keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None = None,
 ) -> Stream:
     """The rows of a source, one after another, in constant memory.
 
@@ -543,7 +544,7 @@ def stream_rows(
     each row once. Where the number of rows cannot be divided, some have one more. Each shuffles its own within
     `buffer` rows, as a function of (seed, epoch, which worker it is); 0 keeps the order of the source.
     taken: how many rows this worker has had before; it goes on with the next (reading the others again).
-    documents: as in `open_rows`.
+    documents: as in `open_rows`. keep: what leaves some of the rows out, before they are shuffled and counted.
     """
     if bad_rows not in ("error", "skip"):
         raise InputError(f'bad_rows must be "error" or "skip", got {bad_rows!r}')
@@ -556,6 +557,8 @@ def stream_rows(
     rows, classes = _stream(source, config, number, of, bad_rows, documents)
     if number == 0:  # the one worker that has a row if there is any
         rows = _some(rows, source)
+    if keep is not None:
+        rows = keep(rows)
     rows = _shuffled(rows, buffer, np.random.default_rng([seed, 3, epoch, number]))
     return Stream(islice(rows, taken, None), classes)
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from funneltfm.data.features import Batch, Example, Features, step_sizes, steps
-from funneltfm.data.sources import BadRows, Group, Row, Stream, stream_rows
+from funneltfm.data.sources import BadRows, Group, Numbered, Row, Stream, stream_rows
 from funneltfm.errors import InputError
 
 # How far one worker is: passes over the data, rows of this one that are used up, and examples of the group after them.
@@ -37,10 +37,11 @@ class _Stream(IterableDataset):
         workers: int,
         bad_rows: BadRows,
         documents: bool,
+        keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None,
     ):
         self.source, self.config, self.encode, self.prepare = source, config, encode, prepare
         self.batch_size, self.seed, self.buffer, self.bad_rows = batch_size, seed, buffer, bad_rows
-        self.rank, self.ranks, self.workers = rank, ranks, workers
+        self.rank, self.ranks, self.workers, self.keep = rank, ranks, workers, keep
         self.documents, self.group = documents, max(_GROUP, batch_size) if documents else batch_size
         self.positions: list[Position] = [(0, 0, 0)] * workers
         self.first = 0  # the worker whose turn it is
@@ -117,6 +118,7 @@ class _Stream(IterableDataset):
             workers=self.workers,
             bad_rows=self.bad_rows,
             documents=self.documents,
+            keep=self.keep,
         )
 
 
@@ -128,7 +130,7 @@ class StreamLoader(DataLoader):
     TrainLoader; called with the pass. An example's "index" depends on its row's place in the source alone, not on who
     reads it, or when. make: examples to a batch. length: how many batches the run will take. accumulate: how many make
     a step. buffer: rows from which the next one is drawn. documents: rows are documents, as `open_rows` says, each of
-    many examples.
+    many examples. keep: as in `stream_rows`.
     """
 
     def __init__(
@@ -149,11 +151,12 @@ class StreamLoader(DataLoader):
         num_workers: int = 0,
         bad_rows: BadRows = "error",
         documents: bool = False,
+        keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None = None,
         **kwargs: Any,
     ):
         workers = max(1, num_workers)
         stream = _Stream(
-            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents
+            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents, keep,
         )  # fmt: skip
         super().__init__(
             stream,

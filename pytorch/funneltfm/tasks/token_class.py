@@ -56,7 +56,8 @@ class TokenClass(Task):
     def learn(self, rows: Iterable[Row]) -> None:
         column = self.label_column
         labels = (labels if isinstance(labels, list) else [labels] for labels in labels_of(rows, column))
-        self.labels.learn(chain.from_iterable(labels), column, class_names(rows, column))
+        stream = not isinstance(rows, Sequence)
+        self.labels.learn(chain.from_iterable(labels), column, class_names(rows, column), stream)
         self.labels.check_weights(self.args.label_weights)
         self.scheme = label_scheme([str(name) for name in self.labels.names], self.args.label_scheme)
 

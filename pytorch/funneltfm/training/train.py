@@ -27,7 +27,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from funneltfm.data.batching import StepSampler, TokenBudget, data_digest, eval_batches
-from funneltfm.data.columns import filtered
+from funneltfm.data.columns import filtered, passed
 from funneltfm.data.features import Example, Features, TrainLoader, eval_loader
 from funneltfm.data.kept import kept
 from funneltfm.data.sources import (
@@ -376,11 +376,9 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
     splits: dict[str, Split] = {}
     mixture = None
     if args.streaming:
-        blocks = args.packing or args.sentence_pairs
         for task in tasks:
             if not task.corrupts:
-                source = args.train_dataset[0]
-                task.learn(stream_rows(source, args.train_config, buffer=0, bad_rows=args.bad_rows, documents=blocks))
+                task.learn(stream_rows(args.train_dataset[0], buffer=0, **_of_stream(args)))
     elif args.train_dataset is not None and args.tokenized_dir is not None:
         splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
@@ -498,6 +496,17 @@ def _digest(args: Args, module: TaskModule, text: TextEncoder) -> str:
     return data_digest(text.fingerprint.encode(), *arrays)
 
 
+def _of_stream(args: Args) -> dict[str, Any]:
+    """How the rows of the training stream are read."""
+    keep = functools.partial(passed, conditions=args.train_filter, name=args.train_dataset[0])
+    return {
+        "config": args.train_config,
+        "bad_rows": args.bad_rows,
+        "documents": args.packing or args.sentence_pairs,
+        "keep": keep if args.train_filter else None,
+    }
+
+
 def _stream_loader(
     args: Args, module: TaskModule, text: TextEncoder
 ) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
@@ -511,12 +520,10 @@ def _stream_loader(
         args.seed,
         args.max_steps * args.accumulate_grad_batches,
         accumulate=args.accumulate_grad_batches,
-        config=args.train_config,
         buffer=args.streaming_buffer,
         rank=ranks.rank(),
         ranks=ranks.size(),
-        bad_rows=args.bad_rows,
-        documents=args.packing or args.sentence_pairs,
+        **_of_stream(args),
         **_loading(args),
     )
     return loader, RowNumbers()

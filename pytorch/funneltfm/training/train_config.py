@@ -86,7 +86,9 @@ class DatasetFlags:
     train_filter: tuple[str, ...] = ()
     """Rows to keep for training, such as "label != 2" "len(text) > 20"; all conditions hold."""
     streaming: bool = False
-    """Read the training data as they are needed, for corpora that fit into no memory; needs max_steps."""
+    """Read the training data as they are needed, for corpora that fit into no memory; needs max_steps. Classes are
+    looked for first, in all rows, unless the source names them or num_labels are found.
+    """
     streaming_buffer: int = 10_000
     """Rows from which a stream draws the next one."""
     train_shard_dataset: int | None = None
@@ -469,7 +471,7 @@ def _check_streaming(args: Args) -> None:
     if args.max_steps < 0:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
     for flag in (
-        *("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
+        *("train_weights", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
         *("tokenized_dir", "prepare_data_workers", "max_tokens"),
     ):
         if getattr(args, flag):
