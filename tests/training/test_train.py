@@ -781,6 +781,24 @@ def test_the_mixture_of_datasets_keeps_its_shares(data, tmp_path, monkeypatch):
     assert sum(i < 120 for i in indices) == 80
 
 
+def test_the_configuration_is_for_those_of_several_sets_that_are_on_the_hub(data, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append(args)
+        return datasets.Dataset.from_list([{"text": "the good film", "label": "pos"}] * 3)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    more = {"train_config": "plain", "max_steps": 1, "max_epochs": None, "valid_dataset": None, "test_dataset": None}
+    train(**flags(data, tmp_path, **more, train_dataset=["owner/name/train", str(data / "train.jsonl")]))
+    assert calls == [("owner/name", "plain")]
+    more |= {"train_dataset": [str(data / "valid.jsonl"), str(data / "train.jsonl")], "overwrite": True}
+    with pytest.raises(InputError, match=r"a configuration \('plain'\) belongs to a set of the Hugging Face hub"):
+        train(**flags(data, tmp_path, **more))
+
+
 def command(data: Path, out: Path, **more: Any) -> list[str]:
     words = []
     for name, value in flags(data, out, **more).items():

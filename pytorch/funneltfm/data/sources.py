@@ -258,6 +258,11 @@ def open_rows(source: str, config: str | None = None, bad_rows: BadRows = "error
     return rows
 
 
+def on_hub(source: str) -> bool:
+    """Whether a source is the name of a set on the Hugging Face hub. Raises InputError where it is nothing."""
+    return _local(source, None) is None
+
+
 def source_digest(source: str, config: str | None = None) -> str:
     """SHA-256 of a source's content: of its file, of all files of its folder; of a set on the hub, its fingerprint."""
     path = _local(source, config)

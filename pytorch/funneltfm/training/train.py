@@ -35,6 +35,7 @@ from funneltfm.data.sources import (
     Mixture,
     Rows,
     concatenate,
+    on_hub,
     open_rows,
     shard,
     source_digest,
@@ -412,7 +413,7 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
     assert isinstance(task, Unlabelled)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
-        "sources": [source_digest(source, getattr(args, f"{stage}_config")) for source in sources],
+        "sources": [source_digest(source, _config(args, stage, source)) for source in sources],
         "tokenizer": text.fingerprint,
         "bad_rows": args.bad_rows,
         **{name: getattr(args, f"{stage}_{name}") for name in ("filter", "shard_dataset")},
@@ -433,11 +434,19 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
 
 def _rows(args: Args, stage: str, source: str) -> Rows:
     documents = args.packing or args.sentence_pairs
-    rows = open_rows(source, getattr(args, f"{stage}_config"), args.bad_rows, documents)
+    rows = open_rows(source, _config(args, stage, source), args.bad_rows, documents)
     if conditions := getattr(args, f"{stage}_filter"):
         rows = filtered(rows, conditions)
     n = getattr(args, f"{stage}_shard_dataset")
     return rows if n is None else shard(rows, n)
+
+
+def _config(args: Args, stage: str, source: str) -> str | None:
+    """--STAGE_config; of several training sets those on the hub take it, and where none is there it is an error."""
+    config = getattr(args, f"{stage}_config")
+    if config is None or stage != "train" or on_hub(source):
+        return config
+    return None if any(map(on_hub, args.train_dataset)) else config
 
 
 # ---- training

@@ -80,7 +80,7 @@ class DatasetFlags:
     names on the hub with the split (name/train). Several are mixed. A stage without data is left out.
     """
     train_config: str | None = None
-    """Configuration of a dataset on the hub."""
+    """Configuration of a dataset on the hub; of several train_dataset, those on the hub take it."""
     train_weights: tuple[float, ...] | None = None
     """Shares of several train_dataset in an epoch. Default: each row once."""
     train_filter: tuple[str, ...] = ()
