@@ -469,6 +469,7 @@ def test_a_stream_is_filtered(data, tmp_path, monkeypatch, workers):
         ({"streaming": True}, "--streaming needs --max_steps"),
         ({"train_filter": ("label == maybe",)}, "label == maybe"),
         ({"train_weights": (1.0, 2.0)}, "has 2 numbers, --train_dataset 1"),
+        ({"train_weights": (0.0,)}, "--train_weights must be more than 0; got 0.0"),
         ({"probability_masked": 0.5, "pipeline": "masked_lm"}, "must add to 1"),
         ({"name": "../x"}, "usable as a folder"),
         ({"accelerator": "gpu"}, "gpu"),

@@ -1,6 +1,6 @@
 """Where rows come from: files, folders of the datasets library and the Hugging Face hub, as sequences of dicts.
 
-    source -> open_rows -> Rows -> filtered (data.columns), shard, concatenate or Mixture -> tasks
+    source -> open_rows -> Rows -> filtered (data.columns), shard, concatenate -> tasks (-> Mixture)
     source -> stream_rows -> rows one after another, for corpora that fit into no memory
 
 One long page, since each kind of source has its few lines here and nothing else. Text files are packed into one block
@@ -449,33 +449,28 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 class Mixture:
-    """Which rows of several sources an epoch has.
+    """Which examples of several sources an epoch has.
 
-    weights: a positive number for each source (None: its size, so that an epoch has every row once). An epoch has
-    `epoch_size` rows (default: as many as there are), of which each source has its share by weight, rounded by largest
-    remainders. A source's rows are taken in random order, over as many epochs as that lasts or several times in one,
-    and none comes again before all have come. `rows` is the concatenation.
+    parts: (N,) int, the number of each example's source, from 0. weights: a positive number for each source. names: of
+    the sources, for messages.
+
+    An epoch has N examples, of which each source has its share by weight, rounded by largest remainders. A source's
+    examples are taken in random order, over as many epochs as that lasts or several times in one, and none comes again
+    before all have come.
     """
 
-    def __init__(self, parts: Sequence[Rows], weights: Sequence[float] | None = None, epoch_size: int | None = None):
-        self.rows = concatenate(parts)
-        self.sizes = [len(rows) for rows in parts]
-        if weights is None:
-            weights = self.sizes
-        if len(weights) != len(parts) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            names = ", ".join(rows.name for rows in parts)
-            raise InputError(f"expected a weight above 0 for each of {names}, got {list(weights)}.")
-        self.epoch_size = len(self.rows) if epoch_size is None else epoch_size
-        if self.epoch_size < 1:
-            raise InputError(f"epoch_size must be a positive number of rows, got {epoch_size}.")
-        self.quotas = _largest_remainders(self.epoch_size, weights)
+    def __init__(self, parts: np.ndarray, weights: Sequence[float], names: Sequence[str]):
+        self.members = [np.flatnonzero(parts == part) for part in range(len(weights))]
+        for members, name in zip(self.members, names, strict=True):
+            if not len(members):
+                raise InputError(f"expected examples of {name} to draw from, but no row makes one. Leave it out.")
+        self.quotas = _largest_remainders(len(parts), weights)
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """(epoch_size,) int64 indices into `rows`, in random order: a function of (seed, epoch) alone."""
-        starts = np.cumsum([0, *self.sizes])
+        """(N,) int64 indices of examples, in random order: a function of (seed, epoch) alone."""
         taken = [
-            starts[part] + _passes(size, epoch * quota, quota, (seed, 1, part))
-            for part, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True))
+            members[_passes(len(members), epoch * quota, quota, (seed, 1, part))]
+            for part, (members, quota) in enumerate(zip(self.members, self.quotas, strict=True))
         ]
         return np.random.default_rng([seed, 2, epoch]).permutation(np.concatenate(taken))
 

@@ -384,9 +384,7 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
         parts = [_rows(args, "train", source) for source in args.train_dataset]
-        rows = parts[0] if len(parts) == 1 else concatenate(parts)
-        if args.train_weights is not None:
-            mixture = Mixture(parts, args.train_weights)
+        rows = concatenate(parts)
         for task in tasks:
             task.learn(rows)
         splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
@@ -394,8 +392,10 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         for task in tasks:
             if not task.corrupts and not splits["train"].labelled(task):
                 raise InputError(f"{rows.name} has no labels for {task.name}; training needs them. Name their column.")
-        if mixture is not None and len(splits["train"].features) != len(rows):
-            raise InputError("--train_weights is for pipelines that make one example of each row.")
+        if args.train_weights is not None:
+            part_of_row = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+            of_examples = part_of_row[splits["train"].features.plain["row"]]
+            mixture = Mixture(of_examples, args.train_weights, [part.name for part in parts])
     for stage in ("valid", "test", "predict"):
         source = getattr(args, f"{stage}_dataset")
         if source is not None and args.tokenized_dir is not None:

@@ -82,7 +82,9 @@ class DatasetFlags:
     train_config: str | None = None
     """Configuration of a dataset on the hub; of several train_dataset, those on the hub take it."""
     train_weights: tuple[float, ...] | None = None
-    """Shares of several train_dataset in an epoch. Default: each row once."""
+    """Shares of several train_dataset in an epoch, of its examples; a row may make several (windows,
+    questions, blocks). Default: each example once.
+    """
     train_filter: tuple[str, ...] = ()
     """Rows to keep for training, such as "label != 2" "len(text) > 20"; all conditions hold."""
     streaming: bool = False
@@ -401,6 +403,8 @@ def make_train_args(**flags: Any) -> Args:
         raise InputError(
             f"--train_weights has {len(args.train_weights)} numbers, --train_dataset {len(args.train_dataset)} names."
         )
+    if args.train_weights is not None and min(args.train_weights) <= 0:
+        raise InputError(f"--train_weights must be more than 0; got {' '.join(map(str, args.train_weights))}.")
     return args
 
 
