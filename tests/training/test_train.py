@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 
+from funneltfm.cli.main import main as run_command
 from funneltfm.cli.train import main
 from funneltfm.data.features import Features
 from funneltfm.errors import InputError
@@ -27,7 +28,7 @@ from funneltfm.training.config import flag_fields
 from funneltfm.training.outputs import Outputs
 from funneltfm.training.task_module import Split
 from funneltfm.training.train import predict, train
-from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_train_args
+from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_predict_args, make_train_args
 
 GOOD, BAD = ["good", "great", "fine", "lovely", "nice"], ["bad", "awful", "poor", "nasty", "ugly"]
 FILL = ["the", "film", "was", "a", "story", "about", "people", "and", "places", "in", "town", "with", "some", "music"]
@@ -277,6 +278,44 @@ def test_predict_gives_what_the_run_gave(data, tmp_path):
     unlabelled.write_text("text\nthe good film\n")
     (row,) = predict(pre_trained_model=str(out.best), predict_dataset=str(unlabelled))
     assert set(row) == {"prediction", "scores"}
+
+
+def test_predict_takes_data_with_other_columns(data, tmp_path):
+    train(**flags(data, tmp_path, max_epochs=1, input_column="text"))
+    best = str(Outputs(tmp_path, "run").best)
+    source = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(
+        json.dumps({"head": row["text"][:9], "rest": row["text"][9:], "all": row["text"], "class": row["label"]}) + "\n"
+        for row in source
+    ))  # fmt: skip
+    expected = predict(pre_trained_model=best, predict_dataset=str(data / "test.jsonl"))
+    found = predict(
+        pre_trained_model=best, predict_dataset=str(other), input_columns=("all",), label_column="class",
+        limit_predict_batches=1, batch_size=7,
+    )  # fmt: skip
+    assert [row["label"] for row in found] == [row["label"] for row in source[:7]]
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in expected[:7]]
+    words = ["predict", "--pre_trained_model", best, "--predict_dataset", str(other), "--output_file"]
+    assert run_command([*words, str(tmp_path / "p.jsonl"), "--input_columns", "head:rest"]) == 0
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 40
+    for more, message in (
+        ({}, "expected a column 'text'"),
+        ({"question_column": "q"}, "--question_column is read by multiple_choice, not by seq_class"),
+        ({"limit_predict_batches": 0}, "limit_predict_batches must be more than 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict(pre_trained_model=best, predict_dataset=str(other), **more)
+
+
+def test_columns_of_a_mixture_in_prediction():
+    own = ("seq_class.label_column=topic", "token_class.label_column=tags", "seq_class.num_labels=3")
+    saved = {"pipeline": "seq_class+token_class", "input_column": "words", "task_flags": list(own)}
+    flags = {"pre_trained_model": "m", "predict_dataset": "x", "task_flags": ("seq_class.label_column=class",)}
+    args = make_predict_args(saved, flags)
+    assert set(args.task_flags) == {"seq_class.label_column=class", *own[1:]}
+    with pytest.raises(InputError, match=r"--label_column=y, but .*\(seq_class.label_column=topic\).*--task_flags"):
+        make_predict_args(saved, {"pre_trained_model": "m", "predict_dataset": "x", "label_column": "y"})
 
 
 def test_a_trained_model_is_tested_alone(data, tmp_path):

@@ -428,6 +428,10 @@ class PredictFlags:
     """What to do with a broken row of a text file: stop, or skip it and say how many were skipped."""
     batch_size: int = 32
     """Examples in a batch, per device."""
+    limit_predict_batches: int | float | None = None
+    """Predict the first examples of the data only: so many batches of each device, or this share of all; whole queries
+    and questions.
+    """
     num_workers: int = 0
     """Processes that prepare batches; 0 prepares them in the main process."""
     accelerator: str = "auto"
@@ -440,8 +444,15 @@ class PredictFlags:
     """Show where in the code an error arises."""
 
 
+def _columns(group: Group) -> Group:
+    """The flags of a group that name columns."""
+    title, cls, _ = group
+    return title, cls, tuple(name for name in flag_fields([group]) if not re.search(r"_columns?$|^task_flags$", name))
+
+
 PREDICT_GROUPS: tuple[Group, ...] = (
     ("Prediction", PredictFlags, ()),
+    *(group for group in map(_columns, TASK_GROUPS) if flag_fields([group])),
     (str(GenerationFlags.__doc__), GenerationFlags, ()),
     ("Speed", SpeedFlags, ("compile",)),
 )
@@ -450,9 +461,24 @@ _OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence
 
 
 def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
-    """Flags of `funneltfm train` with which a trained model predicts. saved: those of its run; flags: of prediction."""
+    """Flags of `funneltfm train` with which a trained model predicts. saved: those of its run; flags: of prediction,
+    which win.
+    """
     given = {name: value for name, value in flags.items() if name != "output_file"}
     of_the_model = {name: value for name, value in saved.items() if name in _OF_THE_MODEL}
+    if flags.get("limit_predict_batches") == 0:
+        raise InputError("limit_predict_batches must be more than 0.")
+    own = [*of_the_model.get("task_flags", ()), *given.get("task_flags", ())]
+    if "label_column" in given and (named := next((word for word in own if ".label_column=" in word), None)):
+        raise InputError(
+            f"--label_column={given['label_column']}, but tasks of this model have their own columns ({named}). Name "
+            f"them with --task_flags TASK.label_column=NAME."
+        )
+    if own:
+        given["task_flags"] = tuple({word.partition("=")[0]: word for word in own}.values())
+    if given.keys() & {"input_column", "input_columns"}:  # two names of one thing
+        for name in ("input_column", "input_columns"):
+            of_the_model.pop(name, None)
     return make_train_args(**(of_the_model | given))
 
 
