@@ -578,6 +578,17 @@ def test_a_resumed_run_forgets_how_it_was_started(data, tmp_path):
     assert "ckpt_path" not in Outputs(tmp_path, "b").config.read_text()
 
 
+def test_a_flag_that_takes_more_values_than_it_did_is_the_same(tmp_path):
+    outputs = Outputs(tmp_path, "run")
+    outputs.run.mkdir(parents=True)
+    outputs.config.write_text("pipeline: seq_class\nmax_sequence_length: 16\n")
+    given = {"pipeline": "seq_class", "name": "run", "output_dir": str(tmp_path), "resume": True}
+    args = train_module.with_run_flags(make_train_args(**given, max_sequence_length=16), outputs)
+    assert args.max_sequence_length == (16,)
+    with pytest.raises(InputError, match=r"started with --max_sequence_length=16, so it cannot go on with .*32"):
+        train_module.with_run_flags(make_train_args(**given, max_sequence_length=(32,)), outputs)
+
+
 def test_a_table_of_seeds_takes_no_runs_folder(data, tmp_path):
     train(**flags(data, tmp_path, max_epochs=1))
     before = Outputs(tmp_path, "run").results.read_bytes()

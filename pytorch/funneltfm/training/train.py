@@ -228,7 +228,8 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
     given, defaults = given_flags(args), flag_fields(TRAIN_GROUPS)
     for key in sorted(args.given - _FREE_ON_RESUME):
         started = saved.get(key, defaults[key].default)
-        if given[key] != (list(started) if isinstance(started, tuple) else started):
+        started = list(started) if isinstance(started, tuple) else started
+        if given[key] not in (started, [started]):
             raise InputError(
                 f"the run {outputs.name} was started with --{key}={started}, so it cannot go on with "
                 f"--{key}={given[key]}. Leave the flag out, or start another run."
