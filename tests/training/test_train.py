@@ -476,8 +476,8 @@ def test_a_stream_is_filtered(data, tmp_path, monkeypatch, workers):
     config = transformers.AutoConfig.from_pretrained(Outputs(tmp_path / "out", "run").best)
     assert config.id2label == {0: "neg", 1: "pos"}
     assert len(seen) == 240
-    music = WORDS.index("music")
-    assert not any(ids[1:3] == [music, music] for ids in seen)
+    odd_ids = [WORDS.index(word) for word in ("music", "music", "[SEP]")]
+    assert not any(ids[1:4] == odd_ids for ids in seen)
     with pytest.raises(InputError, match=r"expected a column of .* in the condition 'lable != odd'"):
         train(**flags(data, tmp_path / "out", **more | {"train_filter": ("lable != odd",)}, overwrite=True))
 
