@@ -7,7 +7,11 @@ from funneltfm.training.train_config import PREDICT_GROUPS
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = FlagParser(PREDICT_GROUPS, prog="funneltfm predict", description="Predict with a trained model.")
+    parser = FlagParser(
+        PREDICT_GROUPS,
+        prog="funneltfm predict",
+        description="Predict with a trained model; columns have the names of its training data, or those of flags.",
+    )
     flags, given = parser.parse(argv)
     if flags["output_file"] is None:
         raise BadFlag("--output_file is missing: where the predictions go.")

@@ -81,7 +81,7 @@ class Electra(Detection):
         if own is not None and not args.pre_trained_generator_config and (own / "config.json").is_file():
             trained = trained or str(own)
         config = self._config(model.config, trained)
-        for name, least in (("vocab_size", None), ("max_position_embeddings", args.max_sequence_length)):
+        for name, least in (("vocab_size", None), ("max_position_embeddings", max(args.max_sequence_length))):
             value, wanted = getattr(config, name, None), least or getattr(model.config, name)
             if value is not None and (value < wanted or (least is None and value != wanted)):
                 raise InputError(
