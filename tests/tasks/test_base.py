@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers
 
+from funneltfm.data.columns import filtered
+from funneltfm.data.sources import concatenate, open_rows, shard
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import Collate, Prepare, Task, encode_rows, make_tasks, own_id
+from funneltfm.tasks.base import Collate, Prepare, Task, encode_rows, identity, make_tasks
 from funneltfm.tasks.heads import Heads
 from funneltfm.training.outputs import save_model
 from funneltfm.training.task_module import TaskModule
@@ -305,7 +307,14 @@ def test_both_names_of_the_columns() -> None:
         make_tasks("token_class", make_train_args(pipeline="token_class", **both))
 
 
-def test_own_id() -> None:
-    assert own_id({"id": 3, "text": "x"}) == {"id": 3}
-    assert own_id({"id": "q1"}) == {"id": "q1"}
-    assert own_id({"id": ["1", "2"]}) == own_id({"id": None}) == own_id({}) == {}  # CoNLL-U numbers its words
+def test_a_prediction_says_of_which_row_it_is(tmp_path: Path) -> None:
+    """By its own id and by where it stands, whatever was skipped or left out before it."""
+    assert identity([{}, {"id": 3, "text": "x"}], 1) == {"id": 3, "row": 2}
+    words = [{"id": ["1", "2"]}, {"id": None}, {"text": "x"}]  # CoNLL-U numbers its words
+    assert [identity(words, i) for i in range(3)] == [{"row": 1}, {"row": 2}, {"row": 3}]
+    path = tmp_path / "rows.csv"
+    path.write_text("id,text\na,one\nbad\nb,two\nc,three\n", encoding="utf-8")
+    rows = open_rows(str(path), bad_rows="skip")
+    kept = concatenate([filtered(rows, ["id != 'a'"]), shard(rows, 3)])
+    found = [identity(kept, i) for i in range(3)]
+    assert found == [{"id": "b", "row": 4}, {"id": "c", "row": 5}, {"id": "a", "row": 2}]

@@ -219,7 +219,7 @@ def test_prediction_without_labels(spaced: dict[str, Any]) -> None:
     assert "token_class_labels" not in batch
     records = task.record(torch.zeros(*batch["inputs"]["input_ids"].shape, 4), batch)
     (row,) = task.predict(records, features, rows)
-    assert row.keys() == {"words", "prediction", "scores"}
+    assert row.keys() == {"row", "words", "prediction", "scores"}
 
 
 # ---- labels

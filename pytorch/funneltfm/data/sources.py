@@ -62,6 +62,10 @@ class Rows(Sequence[Row]):
             raise IndexError(f"row {i} of {len(self)} rows of {self.name}")
         return i % len(self)
 
+    def number(self, i: int) -> int:
+        """The line of row i in its file, or where it has none its number in its source, from 1 on."""
+        return self._index(i) + 1
+
     def where(self, i: int) -> str:
         """Where row i stands, for messages: "train.csv, line 7"."""
         return f"{self.name}, row {self._index(i)}"
@@ -79,6 +83,11 @@ def place(rows: Sequence[Row], i: int, where: str) -> str:
     return rows.where(i) if isinstance(rows, Rows) else f"{where}, row {i + 1}"
 
 
+def number(rows: Sequence[Row], i: int) -> int:
+    """Rows.number, of rows that may not know it."""
+    return rows.number(i) if isinstance(rows, Rows) else i + 1
+
+
 class _Selected(Rows):
     """Some rows of others, in any order."""
 
@@ -91,6 +100,9 @@ class _Selected(Rows):
 
     def _row(self, i: int) -> Row:
         return self.rows[self.indices[i]]
+
+    def number(self, i: int) -> int:
+        return self.rows.number(self.indices[i])
 
     def where(self, i: int) -> str:
         return self.rows.where(self.indices[i])
@@ -118,6 +130,10 @@ class _Concatenated(Rows):
     def _row(self, i: int) -> Row:
         rows, i = self._find(i)
         return rows[i]
+
+    def number(self, i: int) -> int:
+        rows, i = self._find(self._index(i))
+        return rows.number(i)
 
     def where(self, i: int) -> str:
         rows, i = self._find(self._index(i))
@@ -155,8 +171,11 @@ class _Packed(Rows):
     def _row(self, i: int) -> Row:
         return json.loads(str(self.block[self.ends[i] : self.ends[i + 1]], "utf-8"))
 
+    def number(self, i: int) -> int:
+        return self.places[self._index(i)]
+
     def where(self, i: int) -> str:
-        return f"{self.name}, {self.unit} {self.places[self._index(i)]}"
+        return f"{self.name}, {self.unit} {self.number(i)}"
 
 
 class _Arrow(Rows):
@@ -204,6 +223,9 @@ class Deferred(Rows):
 
     def _row(self, i: int) -> Row:
         return self._rows[i]
+
+    def number(self, i: int) -> int:
+        return self._rows.number(i)
 
     def where(self, i: int) -> str:
         return self._rows.where(i)

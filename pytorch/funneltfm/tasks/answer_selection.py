@@ -15,7 +15,7 @@ from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, Task, identity
 from funneltfm.tasks.joint import NO_ROW, Candidates, JointModel, encoder_of, first_states
 from funneltfm.tasks.labels import Labels, cross_entropy, mean
 from funneltfm.tasks.queries import check_answerable, mark_answerable, query_numbers, ranked, right_labels
@@ -249,7 +249,7 @@ class AnswerSelection(Task):
             column = self.args.index_column
             query = int(scored.queries[i]) if column is None else rows[row][column]
             score = float(scored.scores[i])
-            result = own_id(rows[row]) | {"row": row + 1, "query": query}
+            result = identity(rows, row) | {"query": query}
             result |= {"prediction": int(score > 0.5), "score": score}
             if scored.right is not None:
                 result["label"] = int(scored.right[i])

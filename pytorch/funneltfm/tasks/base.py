@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features, pad
-from funneltfm.data.sources import place
+from funneltfm.data.sources import number, place
 from funneltfm.data.text import Cuts, Text, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASKS, own_flags
@@ -209,9 +209,10 @@ class Task:
         """The state of the run that has trained the model."""
 
 
-def own_id(row: Row) -> dict[str, Any]:
-    """{"id": the row's own}, for predictions; empty where it has none."""
-    return {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
+def identity(rows: Sequence[Row], i: int) -> dict[str, Any]:
+    """{"id": row i's own, where it has one, "row": its line in the file, or number in the source}, for predictions."""
+    own = rows[i].get("id")
+    return ({"id": own} if isinstance(own, str | int) else {}) | {"row": number(rows, i)}
 
 
 def full_name(task: Task, metric: str) -> str:

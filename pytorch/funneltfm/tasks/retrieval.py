@@ -17,7 +17,7 @@ from funneltfm.data.sources import place
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.ranking import best_threshold
-from funneltfm.tasks.base import Record, Row, Task, own_id
+from funneltfm.tasks.base import Record, Row, Task, identity
 from funneltfm.tasks.joint import encoder_of
 from funneltfm.tasks.queries import check_answerable, mark_answerable, query_numbers, ranked, right_labels
 
@@ -253,7 +253,7 @@ class Retrieval(Task):
         for i, record in enumerate(records):
             row, column = int(features.plain["row"][i]), self.args.index_column
             query = int(features.plain["query"][i]) if column is None else rows[row][column]
-            result = own_id(rows[row]) | {"row": row + 1, "query": query, "score": record["score"]}
+            result = identity(rows, row) | {"query": query, "score": record["score"]}
             if self.threshold is not None:
                 result["prediction"] = int(record["score"] >= self.threshold)
             if "retrieval_labels" in features.plain:

@@ -12,7 +12,7 @@ from funneltfm.data.blocks import sentences, swapped
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import IGNORED, Record, Row, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, identity
 from funneltfm.tasks.masked_lm import Unlabelled
 
 NAMES = ("in_order", "swapped")
@@ -106,4 +106,4 @@ class SentenceOrder(Unlabelled):
             if record["label"] != IGNORED:
                 score = record["swapped"]
                 said = {"prediction": NAMES[score > 0.5], "score": round(score, 6), "label": NAMES[record["label"]]}
-            yield own_id(rows[int(row)]) | said
+            yield identity(rows, int(row)) | said

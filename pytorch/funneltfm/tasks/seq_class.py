@@ -14,7 +14,7 @@ from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import Record, Row, Task, own_id
+from funneltfm.tasks.base import Record, Row, Task, identity
 from funneltfm.tasks.labels import Labels, all_or_none, class_names, cross_entropy, labels_of, mean
 
 
@@ -118,7 +118,7 @@ class SeqClass(Task):
         names, labels = self.labels.names, features.plain.get("seq_class_labels")
         for i, record in enumerate(records):
             logits = record["logits"]
-            result = own_id(rows[int(features.plain["row"][i])])
+            result = identity(rows, int(features.plain["row"][i]))
             if self.args.regression:
                 result["prediction"] = float(logits[0])
             else:

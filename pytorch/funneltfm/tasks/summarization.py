@@ -17,7 +17,7 @@ from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
 from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError, brief
-from funneltfm.tasks.base import IGNORED, Record, Row, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, identity
 from funneltfm.tasks.multi_token import MultiToken
 from funneltfm.tasks.seq2seq import Seq2Seq, target_ids
 
@@ -206,7 +206,7 @@ class Summarization(Seq2Seq):
         for text, i in zip(written, features.plain["row"], strict=True):
             row = rows[int(i)]
             label = {"label": self.references(row, "")} if "summarization_labels" in features.ragged else {}
-            yield own_id(row) | {"prediction": text} | label
+            yield identity(rows, int(i)) | {"prediction": text} | label
 
 
 def _has(row: Row, column: str) -> bool:

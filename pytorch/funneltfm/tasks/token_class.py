@@ -16,7 +16,7 @@ from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
 from funneltfm.data.text import NO_WORD, Cuts, Text, TextEncoder
 from funneltfm.errors import InputError, brief
-from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, Task, identity
 from funneltfm.tasks.labels import Labels, all_or_none, class_names, cross_entropy, labels_of, mean
 
 log = logging.getLogger(__name__)
@@ -204,13 +204,13 @@ class TokenClass(Task):
         """
         names = self.labels.names
         for i, record in enumerate(records):
-            row = rows[int(features.plain["row"][i])]
-            words = row[self.column]
+            row = int(features.plain["row"][i])
+            words = rows[row][self.column]
             prediction: list[Any] = [self._unseen] * len(words)
             scores: list[float | None] = [None] * len(words)
             for word, pred, score in zip(record["words"], record["pred"], record["score"], strict=True):
                 prediction[word], scores[word] = names[pred], round(float(score), 6)
-            result = own_id(row) | {"words": words, "prediction": prediction, "scores": scores}
+            result = identity(rows, row) | {"words": words, "prediction": prediction, "scores": scores}
             if "token_class_words" in features.ragged:
                 result["label"] = [names[label] for label in features[i]["token_class_words"]]
             yield result

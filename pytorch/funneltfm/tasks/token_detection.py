@@ -19,7 +19,7 @@ from funneltfm.data.corruption import replaced, select
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, brief
-from funneltfm.tasks.base import IGNORED, Record, Row, load_model, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, identity, load_model
 from funneltfm.tasks.masked_lm import Corrupting
 from funneltfm.tasks.sampling import sample
 
@@ -153,7 +153,7 @@ class Detection(Corrupting):
         for record, row in zip(records, features.plain["row"], strict=True):
             loss = record["loss"] / record["count"] if record["count"] else None
             counts = {name: int(record[name]) for name in ("count", "replaced", "found", "false_alarms")}
-            yield own_id(rows[int(row)]) | {"loss": loss} | counts
+            yield identity(rows, int(row)) | {"loss": loss} | counts
 
 
 class RandomTokenDetection(Detection):

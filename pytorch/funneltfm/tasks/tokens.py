@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funneltfm.data.features import Batch, Features
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
+from funneltfm.tasks.base import IGNORED, Record, Row, Task, identity
 
 
 class PredictsTokens(Task):
@@ -72,4 +72,4 @@ class PredictsTokens(Task):
         """The mean loss of each row's (block's) tokens with a label, null where there is none."""
         for record, row in zip(records, features.plain["row"], strict=True):
             loss = record["nll"] / record["count"] if record["count"] else None
-            yield own_id(rows[int(row)]) | {"loss": loss, "selected": int(record["count"])}
+            yield identity(rows, int(row)) | {"loss": loss, "selected": int(record["count"])}
