@@ -2,7 +2,7 @@
 
     FOLDER/NAME-KEY/    meta.json    FIELD.npy and, of lists, FIELD.offsets.npy
 
-meta.json holds the key in full, the arrays of the folder and a checksum of each.
+meta.json holds the key in full, the arrays of the folder with a checksum of each, and the digest of all.
 """
 
 import contextlib
@@ -21,15 +21,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from funneltfm.data.features import Example, Features
+from funneltfm.data.features import OFFSETS, Example, Features, joint_digest
 from funneltfm.errors import InputError, brief
 from funneltfm.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise it when what is stored changes
+_FORMAT = 3  # raise it when what is stored changes
 _AT_ONCE = 4096  # examples that are turned into arrays together
-_OFFSETS = ".offsets"
 _HEADER = 128  # bytes before the numbers of an .npy file of one dimension
 
 
@@ -102,7 +101,7 @@ class _Array:
     """An .npy file of one dimension that grows."""
 
     def __init__(self, path: Path, dtype: np.dtype):
-        self.dtype, self.size, self.crc = dtype, 0, 0
+        self.dtype, self.size, self.crc, self.sha = dtype, 0, 0, hashlib.sha256()
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115  _write closes it
         self.file.write(bytes(_HEADER))
 
@@ -110,6 +109,7 @@ class _Array:
         assert values.dtype == self.dtype, "a field has one type in all examples"
         data = np.ascontiguousarray(values, self.dtype).data
         self.crc = zlib.crc32(data, self.crc)
+        self.sha.update(data)
         self.size += len(data)
         self.file.write(data)
 
@@ -139,11 +139,12 @@ def _write(folder: Path, key: dict[str, Any], examples: Iterable[Example]) -> No
             for name, (values, offsets) in features.ragged.items():
                 end = arrays[name].size if name in arrays else 0
                 append(name, values)
-                append(name + _OFFSETS, offsets[1 if end else 0 :] + end)
+                append(name + OFFSETS, offsets[1 if end else 0 :] + end)
             for name, values in features.plain.items():
                 append(name, values)
         checks = {name: array.finish() for name, array in arrays.items()}
-    write_json(folder / "meta.json", {"key": key, "size": size, "arrays": checks})
+    digest = joint_digest({name: array.sha.hexdigest() for name, array in arrays.items()})
+    write_json(folder / "meta.json", {"key": key, "size": size, "digest": digest, "arrays": checks})
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -158,13 +159,13 @@ def _read(path: Path, key: dict[str, Any], check: bool = True) -> Features:
         if meta["key"] != key:
             raise Damaged("it was made of something else")
         arrays = {name: _mapped(path / f"{name}.npy", *wanted, check=check) for name, wanted in meta["arrays"].items()}
-        size = int(meta["size"])
+        size, digest = int(meta["size"]), str(meta["digest"])
     except (InputError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Damaged(brief(f"{type(error).__name__}: {error}", 200)) from error
-    lists = {name.removesuffix(_OFFSETS) for name in arrays if name.endswith(_OFFSETS)}
-    ragged = {name: (arrays[name], arrays[name + _OFFSETS]) for name in lists}
-    plain = {name: array for name, array in arrays.items() if name.removesuffix(_OFFSETS) not in lists}
-    return _Mapped(path, ragged, plain, size)
+    lists = {name.removesuffix(OFFSETS) for name in arrays if name.endswith(OFFSETS)}
+    ragged = {name: (arrays[name], arrays[name + OFFSETS]) for name in lists}
+    plain = {name: array for name, array in arrays.items() if name.removesuffix(OFFSETS) not in lists}
+    return _Mapped(path, digest, ragged, plain, size)
 
 
 def _mapped(path: Path, dtype: str, size: int, crc: int, *, check: bool) -> np.ndarray:
@@ -180,10 +181,20 @@ class _Mapped(Features):
     """To another process it goes as the name of its folder, not as all its numbers."""
 
     def __init__(
-        self, path: Path, ragged: dict[str, tuple[np.ndarray, np.ndarray]], plain: dict[str, np.ndarray], size: int
+        self,
+        path: Path,
+        digest: str,
+        ragged: dict[str, tuple[np.ndarray, np.ndarray]],
+        plain: dict[str, np.ndarray],
+        size: int,
     ):
         super().__init__(ragged, plain, size)
         self.path = path
+        self._digest = digest
+
+    def digest(self) -> str:
+        """As it was when they were written: nothing is read."""
+        return self._digest
 
     def __reduce__(self) -> Any:
         return _read, (self.path, read_json(self.path / "meta.json", "what is known of the arrays")["key"], False)

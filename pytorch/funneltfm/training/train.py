@@ -486,11 +486,8 @@ def _train_loader(
 
 def _digest(args: Args, module: TaskModule, text: TextEncoder) -> str:
     """Of what is learned from and what the best model is chosen by."""
-    arrays = []
-    for split in (module.splits[name] for name in ("train", "valid") if name in module.splits):
-        features = split.features
-        arrays += [*features.plain.values(), *(array for pair in features.ragged.values() for array in pair)]
-    return data_digest(text.fingerprint.encode(), *arrays)
+    parts = (module.splits[name].features.digest() for name in ("train", "valid") if name in module.splits)
+    return data_digest(text.fingerprint.encode(), *(part.encode() for part in parts))
 
 
 def _stream_loader(
