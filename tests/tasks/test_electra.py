@@ -76,8 +76,8 @@ def test_labels_are_what_differs_from_the_original(function: str, tiny: Any) -> 
         clean = torch.from_numpy(features[i]["input_ids"])
         n, special = len(clean), torch.from_numpy(np.isin(features[i]["input_ids"], text.special_ids))
         assert torch.equal(seen[i, :n][~chosen[i, :n]], clean[~chosen[i, :n]])  # masks and random tokens are gone
-        assert torch.equal(labels[i, :n][~special], (seen[i, :n] != clean).long()[~special])
-        assert (labels[i, :n][special] == IGNORED).all()
+        assert torch.equal(labels[i, :n], (seen[i, :n] != clean).long())
+        assert (labels[i, :n][special] == 0).all()  # originals, which count
         assert (labels[i, n:] == IGNORED).all()
         assert (seen[i, n:] == tokenizer.pad_token_id).all()
         assert not chosen[i, :n][special].any()
@@ -120,6 +120,7 @@ def test_losses_by_their_formulas(sharing: str, tiny_tokenizer: Any, make_config
     costs = [-(d[i, j] if y[i, j] else 1 - d[i, j]).log().item() for i, j in (y != IGNORED).nonzero().tolist()]
     assert losses["token_detection"].item() == pytest.approx(np.mean(costs), rel=1e-5)
     assert task.sizes(batch) == {"masked_lm": len(nll), "token_detection": len(costs)}
+    assert len(costs) == batch["tokens"]  # all but padding
 
 
 # ---- gradients

@@ -29,7 +29,8 @@ class Electra(Detection):
     """masked_lm_weight * the generator's cross entropy + token_detection_weight * the discriminator's binary one.
 
     The discriminator sees the text with the generator's samples at the selected tokens; one that equals the original
-    is an original. No gradient goes through the samples. They depend on seed, epoch and example alone.
+    is an original. No gradient goes through the samples. They depend on seed, epoch and example alone. Every token but
+    padding counts in the discriminator's loss, as in the paper: special ones, which stay as they are, too.
     """
 
     name = "electra"
@@ -54,6 +55,10 @@ class Electra(Detection):
             raise InputError(f"{' and '.join(f'--{name}' for name in given)} all say what the generator is; give one.")
 
     # ---- data
+
+    def originals(self, example: Example, text: TextEncoder) -> Example:
+        real = example.get("attention_mask", np.ones_like(example["input_ids"])) != 0
+        return {"detection_originals": np.where(real, example["input_ids"], IGNORED)}
 
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
         originals = self.originals(example, text)
