@@ -9,6 +9,7 @@
 #
 #   name=small            what the run is called
 #   valid=held-out.txt    text to validate on; the best model is chosen by it
+#   columns="title:body"  columns with the texts, as in --input_columns (default: text), for the tokenizer and the training
 #   tokenizer=FOLDER      a tokenizer; where there is none, one of vocab_size=8000 pieces is learned from the texts
 #   output_dir=outputs    the run: runs/NAME (metrics.csv, curves.png), checkpoints/NAME, pre_trained_models/NAME
 #   pretrain_dir=...      the result, which scripts/classifier.sh finetunes (default: pretrained/NAME)
@@ -28,13 +29,19 @@ if [ ${#texts[@]} -eq 0 ]; then
     if [ ! -e "$data_dir/vocab.txt" ]; then "$ROOT/.venv/bin/python" "$ROOT/data-scripts/make_sample.py" "$data_dir"; fi
     texts=("$data_dir/train.jsonl")
     valid=${valid:-$data_dir/valid.jsonl}
-    learn=(--vocab_size "${vocab_size:-500}" --input_columns text_a)
-    flags=(--input_columns text_a --max_sequence_length 64 --max_steps 1000 --log_every_n_steps 20)
+    columns=${columns:-text_a}
+    learn=(--vocab_size "${vocab_size:-500}")
+    flags=(--max_sequence_length 64 --max_steps 1000 --log_every_n_steps 20)
     every=200
 else
     learn=(--vocab_size "${vocab_size:-8000}")
     flags=(--max_sequence_length 128 --max_steps 20000)
     every=1000
+fi
+if [ -n "${columns:-}" ]; then
+    read -ra names <<<"$columns"
+    learn+=(--input_columns "${names[@]}")
+    flags+=(--input_columns "${names[@]}")
 fi
 if [ -n "${valid:-}" ]; then
     # The detector's scores fall as the generator learns, so the best model is that of the best generator.

@@ -110,6 +110,19 @@ def test_pretrain_sh_takes_text_files(tmp_path: Path) -> None:
     assert "there is a run named mine" in again.stderr
 
 
+@pytest.mark.slow
+@NEEDS_VENV
+def test_pretrain_sh_reads_other_columns(tmp_path: Path) -> None:
+    rows = [{"title": "The old fox", "body": "ran. It was late."}, {"title": "The dog", "body": "slept."}] * 10
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--max_steps=2", "--max_sequence_length=16", "--batch_size=4", "--num_warmup_steps=0")
+    env = {"columns": "title body", "vocab_size": "60", "HF_HUB_OFFLINE": "1"}
+    done = bash(ROOT / "scripts/pretrain.sh", "texts.jsonl", *words, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    vocab = (tmp_path / "pretrained/small-electra/vocab.txt").read_text().split()
+    assert {"x", "w"} <= {*vocab}  # of fox and was
+
+
 @NEEDS_VENV
 def test_classifier_sh_passes_flags_on(tmp_path: Path) -> None:
     done = bash(ROOT / "scripts/classifier.sh", "--help", cwd=tmp_path)
