@@ -353,6 +353,16 @@ def test_a_run_learns(flags: dict[str, Any], tiny_tokenizer: Any, make_config: A
     transformers.AutoModelForMaskedLM.from_pretrained(best / GENERATOR)
 
 
+def test_a_size_for_a_generator_that_is_there(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
+    """The run that has made it may have had one, as its predictions know."""
+    run(tmp_path, tiny_tokenizer, make_config("electra", len(tiny_tokenizer)), max_epochs=1, generator_size=0.5)
+    best, data = str(tmp_path / "pre_trained_models" / "run" / "best"), str(tmp_path / "data.jsonl")
+    assert len(predict(pre_trained_model=best, predict_dataset=data, accelerator="cpu")) == len(ROWS)
+    more: dict[str, Any] = {"pre_trained_model": best, "pre_trained_config": None, "name": "other"}
+    with pytest.raises(InputError, match=r"--generator_size=0.5 does nothing: .*generator has a trained generator"):
+        run(tmp_path, tiny_tokenizer, make_config("electra", len(tiny_tokenizer)), generator_size=0.5, **more)
+
+
 def test_scores_are_of_the_whole_split_and_of_fixed_masks(
     tiny_tokenizer: Any, make_config: Any, tmp_path: Path
 ) -> None:

@@ -84,6 +84,11 @@ class Electra(Detection):
         own = None if source is None else Path(source) / GENERATOR
         trained = args.pre_trained_generator_model
         if own is not None and not args.pre_trained_generator_config and (own / "config.json").is_file():
+            if "generator_size" in args.given and args.train_dataset is not None and trained is None:
+                raise InputError(
+                    f"--generator_size={args.generator_size} does nothing: {own} has a trained generator. Leave it out "
+                    f"to go on with that one, or give --pre_trained_generator_config for another, from scratch."
+                )
             trained = trained or str(own)
         config = self._config(model.config, trained)
         for name, least in (("vocab_size", None), ("max_position_embeddings", args.max_sequence_length)):

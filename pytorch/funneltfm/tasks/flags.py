@@ -88,7 +88,8 @@ class DetectionFlags:
     """Older name of embedding_sharing tied."""
     generator_size: float = 0.5
     """electra: share of the discriminator's hidden width, heads and feed-forward width that the generator has. With
-    shared embeddings, where those are as wide as the hidden layers, it is the share of the layers.
+    shared embeddings, where those are as wide as the hidden layers, it is the share of the layers. Not for a
+    pre_trained_model with a generator of its own.
     """
 
 
