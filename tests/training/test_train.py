@@ -68,7 +68,7 @@ def weights(out: Path, name: str = "run") -> dict[str, torch.Tensor]:
 def rows(out: Path, name: str = "run") -> list[dict[str, str]]:
     with open(Outputs(out, name).run / "metrics.csv", newline="") as handle:
         return [
-            {key: value for key, value in row.items() if key != "examples_per_second"}
+            {key: value for key, value in row.items() if not key.endswith("_per_second")}
             for row in csv.DictReader(handle)
         ]  # fmt: skip
 

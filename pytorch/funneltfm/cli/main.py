@@ -79,6 +79,8 @@ class _TqdmHandler(logging.StreamHandler):
     """Writes to the present stderr, whatever it is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "in_bar", False):  # which shows it already
+            return
         prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
         print(prefix + self.format(record), file=sys.stderr, flush=True)
 
