@@ -27,8 +27,10 @@ class TokenizerFlags:
     """Pieces at most, special tokens included."""
     min_frequency: int = 2
     """How often two pieces must come together to become one; not for unigram."""
-    lower_case: bool = True
-    """Turn texts into lower case; word_piece takes accents away with it."""
+    lower_case: bool | None = None
+    """Turn texts into lower case; word_piece takes accents away with it. Default: word_piece does, as BERT; bpe and
+    unigram do not, for what is lower case cannot be written with capitals again.
+    """
     alphabet_limit: int = 1000
     """word_piece: characters that the vocabulary has, the most frequent ones; a word with another one is unknown."""
     special_tokens: tuple[str, ...] = ()
@@ -127,15 +129,22 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], flags: Any) -> Any:
 # ---- the models
 
 
+def _lowers(flags: Any) -> bool:
+    """Whether texts are turned into lower case."""
+    return flags.type == "word_piece" if flags.lower_case is None else flags.lower_case
+
+
 def _word_piece(texts: Callable[[], Iterable[str]], flags: Any, special: list[str], unk: str) -> Any:
     """With all characters, alone and inside of a word. The library numbers the latter as it meets them, which is never
     the same; so they are given to it like special tokens, and a model is made anew of the pieces that it finds.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+    lower = _lowers(flags)
+
     def make(model: Any) -> Any:
         tokenizer = Tokenizer(model)
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=flags.lower_case, strip_accents=flags.lower_case)
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=lower)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
         return tokenizer
@@ -167,7 +176,7 @@ def _bpe(texts: Callable[[], Iterable[str]], flags: Any, special: list[str], unk
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    if flags.lower_case:
+    if _lowers(flags):
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -187,7 +196,7 @@ def _unigram(texts: Callable[[], Iterable[str]], flags: Any, special: list[str],
 
     def make(model: Any) -> Any:
         tokenizer = Tokenizer(model)
-        lower = [normalizers.Lowercase()] if flags.lower_case else []
+        lower = [normalizers.Lowercase()] if _lowers(flags) else []
         blanks = normalizers.Replace(Regex(r"\s+"), " ")
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower, blanks, normalizers.Strip()])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
