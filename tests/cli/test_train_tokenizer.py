@@ -37,12 +37,18 @@ def test_a_folder_is_replaced_on_request(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "a.txt").write_text("one two three\n" * 3)
     output = tmp_path / "tokenizer"
     output.mkdir()
-    (output / "mine.txt").write_text("")
     words = ["train-tokenizer", str(tmp_path / "a.txt"), "-o", str(output), *FLAGS]
+    assert main(words) == 0
     assert main(words) == 1
     assert "exists and is not empty" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
-    assert not (output / "mine.txt").exists()
+    (output / "mine.txt").write_text("")
+    assert main([*words, "--overwrite"]) == 1
+    assert "holds mine.txt." in capsys.readouterr().err
+    assert {"mine.txt", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    words[words.index(str(output))] = str(output / "mine.txt")
+    assert main([*words, "--overwrite"]) == 1
+    assert "it is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -228,10 +228,25 @@ _TYPES: dict[str, Callable[[Callable[[], Iterable[str]], Any, list[str], str], A
 # ---- the folder
 
 
+# What a folder of a tokenizer may hold, by this and earlier versions of transformers.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
+
+
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """An InputError where writing would replace what is there."""
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+    """An InputError where writing would replace what is there; with overwrite, what is more than a tokenizer."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} must be a folder, or nothing yet; it is a file.")
+    held = sorted(path.name for path in folder.iterdir())
+    if held and not overwrite:
         raise InputError(f"{folder} exists and is not empty. Name another folder, or give --overwrite.")
+    foreign = [name for name in held if name not in _FILES] if "tokenizer.json" in held else held
+    if foreign:
+        raise InputError(
+            f"--overwrite replaces a tokenizer alone, but {folder} holds {brief(foreign[0])}. Name another folder, "
+            f"or remove that yourself."
+        )
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, overwrite: bool = False) -> None:
@@ -247,7 +262,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, overwrite: bool = False) -> No
             ids = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
             (new / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in ids), encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            shutil.rmtree(folder)
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
