@@ -168,6 +168,24 @@ def test_lengths_that_do_not_go(tokenizers: dict[str, Any], make_writer: Any) ->
             make_heads(args, [Summarization(args)], tokenizers["byte_level"])
 
 
+def test_lengths_that_the_decoder_does_not_take(tokenizers: dict[str, Any], make_writer: Any) -> None:
+    keys = make_writer("bart", max_position_embeddings=24)
+
+    def make(**flags: Any) -> Any:
+        args = make_train_args(
+            pipeline="summarization", model="bart", additional_config_kwargs=keys, max_sequence_length=16,
+            max_target_length=20, **flags,
+        )  # fmt: skip
+        return make_heads(args, [Summarization(args)], tokenizers["byte_level"]).eval().models["summarization"]
+
+    net = make(generation_max_length=25, generation_min_length=25)
+    ids = torch.tensor([[0, 9, 10, 2]])
+    assert net.generate(ids, attention_mask=torch.ones_like(ids)).shape == (1, 25)  # the longest that goes
+    for flags in ({"generation_max_length": 26}, {"generation_max_new_tokens": 25}):
+        with pytest.raises(InputError, match="texts may have 26 tokens, but the model's decoder takes 24"):
+            make(**flags)
+
+
 @pytest.mark.parametrize("model", ["bart", "t5"])
 def test_what_is_written_is_what_transformers_writes(model: str, tokenizers: dict[str, Any], make_writer: Any) -> None:
     """Row by row, without padding; and limits hold."""

@@ -19,7 +19,7 @@ from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import IGNORED, Record, Row, own_id
 from funneltfm.tasks.multi_token import MultiToken
-from funneltfm.tasks.seq2seq import Seq2Seq, target_ids
+from funneltfm.tasks.seq2seq import Seq2Seq, decoder_positions, target_ids
 
 _PREFIX = "generation_"  # of flags that are generation options of transformers
 # Options that do nothing without another one, and their values that do nothing anyway.
@@ -136,6 +136,13 @@ class Summarization(Seq2Seq):
             raise InputError(
                 f"texts must have at least {shortest} tokens and at most {longest}, by the flags or the model's "
                 f"generation_config.json. Give another --generation_min_length or --generation_max_length."
+            )
+        limit = decoder_positions(model.config)
+        if limit is not None and longest - 1 > limit:  # the last token is written, and not read
+            raise InputError(
+                f"texts may have {longest} tokens, but the model's decoder takes {limit}. Lower "
+                f"--generation_max_length or --generation_max_new_tokens, or from scratch give "
+                f"--additional_config_kwargs max_position_embeddings=N."
             )
         return made
 
