@@ -10,7 +10,8 @@
 #   name=small            what the run is called
 #   valid=held-out.txt    text to validate on; the best model is chosen by it
 #   columns="title:body"  columns with the texts, as in --input_columns (default: text), for the tokenizer and the training
-#   tokenizer=FOLDER      a tokenizer; where there is none, one of vocab_size=8000 pieces is learned from the texts
+#   tokenizer=FOLDER      a tokenizer that is there. Default: one of vocab_size=8000 pieces is learned from the texts, into
+#                         output_dir/tokenizers/NAME, once; with --overwrite among the flags anew
 #   output_dir=outputs    the run: runs/NAME (metrics.csv, curves.png), checkpoints/NAME, pre_trained_models/NAME
 #   pretrain_dir=...      the result, which scripts/classifier.sh finetunes (default: pretrained/NAME)
 set -euo pipefail
@@ -53,10 +54,22 @@ fi
 name=${name:-small-electra}
 output_dir=${output_dir:-outputs}
 pretrain_dir=${pretrain_dir:-pretrained/$name}
-tokenizer=${tokenizer:-$output_dir/tokenizers/$name}
 
-if [ ! -e "$tokenizer" ]; then
-    "${FUNNELTFM[@]}" train-tokenizer "${texts[@]}" -o "$tokenizer" "${learn[@]}"
+if [ -n "${tokenizer:-}" ]; then
+    if [ ! -d "$tokenizer" ]; then
+        echo "pretrain: tokenizer=$tokenizer must be the folder of a tokenizer (funneltfm train-tokenizer makes one); there" \
+            "is none. Leave it out to learn one from the texts." >&2
+        exit 2
+    fi
+else
+    tokenizer=$output_dir/tokenizers/$name
+    anew=
+    case " $* " in *" --overwrite "* | *" --overwrite=true "*) anew=--overwrite ;; esac
+    if [ -e "$tokenizer" ] && [ -z "$anew" ]; then
+        echo "pretrain: using the tokenizer $tokenizer, which is there; with --overwrite it is learned anew" >&2
+    else
+        "${FUNNELTFM[@]}" train-tokenizer "${texts[@]}" -o "$tokenizer" "${learn[@]}" $anew
+    fi
 fi
 "${FUNNELTFM[@]}" train --pipeline token_detection_and_masked_lm --name "$name" --output_dir "$output_dir" --model funnel \
     --additional_config_kwargs block_size=2_2_2 decoder_size=1 d_model=128 d_embed=128 n_head=2 d_head=64 d_inner=512 \

@@ -108,6 +108,19 @@ def test_pretrain_sh_takes_text_files(tmp_path: Path) -> None:
     again = bash(ROOT / "scripts/pretrain.sh", *words, cwd=tmp_path, **env)
     assert again.returncode == 1
     assert "there is a run named mine" in again.stderr
+    assert "using the tokenizer outputs/tokenizers/mine, which is there" in again.stderr
+    (tmp_path / "one.txt").write_text("Zebras came.\n" * 20)
+    anew = bash(ROOT / "scripts/pretrain.sh", *words, "--overwrite", cwd=tmp_path, **env)
+    assert anew.returncode == 0, anew.stderr
+    assert "using the tokenizer" not in anew.stderr
+    assert "z" in (tmp_path / "made/vocab.txt").read_text().split()  # it was learned anew
+
+
+@NEEDS_VENV
+def test_pretrain_sh_wants_a_tokenizer_that_is_there(tmp_path: Path) -> None:
+    done = bash(ROOT / "scripts/pretrain.sh", "a.txt", cwd=tmp_path, tokenizer="none", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert "tokenizer=none must be the folder of a tokenizer" in done.stderr
 
 
 @pytest.mark.slow
