@@ -40,6 +40,17 @@ class ValidateAt(Callback):
         trainer.val_check_batch = 1 if due else sys.maxsize
 
 
+class ValidateLast(Callback):
+    """Validate after the last of `total` steps too, whenever the others are: it may have the best model."""
+
+    def __init__(self, total: int):
+        self.total = total
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if ends_step(trainer, batch_idx) and trainer.global_step + 1 == self.total:
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
+
+
 def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
     """Whether an optimizer step ends with this batch of the epoch."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches

@@ -48,7 +48,7 @@ from funneltfm.tasks.flags import BLOCKS
 from funneltfm.tasks.heads import Heads, n_token_types
 from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import ranks
-from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
+from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun, ValidateLast
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, check_accumulate, flag_fields, read_yaml, typed_args
 from funneltfm.training.distillation import Teachers
@@ -551,6 +551,8 @@ def _fit(
     callbacks: list[Callback] = list(sparsity)
     if keeps:
         callbacks += [history, Progress(history, args.enable_progress_bar)]
+    if valid and total is not None and not args.stochastic_weight_averaging:  # whose end is that of an epoch
+        callbacks.append(ValidateLast(total))
     if valid and saves:
         callbacks.append(best := _best(outputs, main, lower))
         best.since = since
@@ -572,7 +574,7 @@ def _fit(
         max_time=args.max_time,
         limit_train_batches=args.limit_train_batches,
         limit_val_batches=_limit(args, "valid"),
-        val_check_interval=_val_check_interval(args, per_epoch, total),
+        val_check_interval=args.val_check_interval,
         check_val_every_n_epoch=args.check_val_every_n_epoch,
         num_sanity_val_steps=None if args.barebones else args.num_sanity_val_steps,
         log_every_n_steps=None if args.barebones else args.log_every_n_steps,
@@ -648,13 +650,6 @@ def _check_interval(args: Args, n_batches: int) -> None:
             f"--val_check_interval={every}, but an epoch has {n_batches} batches. Lower it, or give "
             f"--check_val_every_n_epoch none to count batches on through all epochs."
         )
-
-
-def _val_check_interval(args: Args, per_epoch: int, total: int | None) -> int | float | None:
-    """--val_check_interval; a run that ends within its first epoch is validated at its end."""
-    if args.val_check_interval is None and total is not None and total < per_epoch:
-        return total * args.accumulate_grad_batches
-    return args.val_check_interval
 
 
 def _limited(n_batches: int, limit: int | float | None) -> int:

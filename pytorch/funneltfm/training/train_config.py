@@ -184,8 +184,8 @@ class TrainerFlags:
     overfit_batches: int | float = 0.0
     """Train on so many of the first batches only (or this share), and validate on as many: a check of the code."""
     val_check_interval: int | float | None = None
-    """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch, and of a run that
-    is shorter than one.
+    """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch. After the
+    last step of a run there is a validation in any case.
     """
     check_val_every_n_epoch: int | None = 1
     """Validate every so many epochs; none counts the batches of val_check_interval on through all epochs."""
