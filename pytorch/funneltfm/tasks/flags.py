@@ -391,8 +391,8 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     "denoising": (
         "funneltfm.tasks.denoising:Denoising",
         frozenset(DenoisingFlags.__dataclass_fields__)
-        | {"probability", "input_columns", "input_column", "packing", "across_documents", "prepare_data_workers"}
-        | {"max_multi_token_predictions"},
+        | {"probability", "input_columns", "input_column", "packing", "across_documents", "tokenized_dir"}
+        | {"prepare_data_workers", "max_multi_token_predictions"},
     ),
     "summarization": (
         "funneltfm.tasks.summarization:Summarization",

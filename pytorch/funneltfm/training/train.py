@@ -409,6 +409,7 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
     """Of tasks that read texts alone; their data are opened where --tokenized_dir has nothing of them."""
     task = tasks[0]
     assert isinstance(task, Unlabelled)
+    text = task.cutting(text)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
         "sources": [source_digest(source, getattr(args, f"{stage}_config")) for source in sources],

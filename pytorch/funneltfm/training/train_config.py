@@ -114,11 +114,11 @@ class DatasetFlags:
     predict_shard_dataset: int | None = None
     """Keep every n-th row for prediction only."""
     tokenized_dir: str | None = None
-    """masked_lm, electra and their kind: folder that keeps the tokenised texts for later runs; they stay on the disk,
-    mapped into memory. Default: they are tokenised in every run, and kept in memory.
+    """masked_lm, electra, denoising and their kind: folder that keeps the tokenised texts for later runs; they stay on
+    the disk, mapped into memory. Default: they are tokenised in every run, and kept in memory.
     """
     prepare_data_workers: int = 0
-    """masked_lm, electra and their kind: processes that tokenise; 0 does it in the main process."""
+    """masked_lm, electra, denoising and their kind: processes that tokenise; 0 does it in the main process."""
     clusters_filename: str | None = None
     """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster. A model
     that was trained so has its own.
