@@ -262,7 +262,10 @@ class ClusterRandomTokenDetection(Detection):
         path, saved = self.args.clusters_filename, Path(source or "") / CLUSTERS
         state = _read_state(saved) if source is not None and saved.is_file() else None
         if path is None and state is None:
-            raise InputError("--clusters_filename is missing: a file with the cluster of each token, a line a token.")
+            raise InputError(
+                "--clusters_filename is missing: a file with the cluster of each token, a line a token "
+                "(`funneltfm cluster-tokens` makes one)."
+            )
         cluster = state["cluster"] if path is None and state is not None else read_clusters(Path(path))
         if state is not None and not np.array_equal(cluster, state["cluster"]):
             raise InputError(

@@ -120,8 +120,8 @@ class DatasetFlags:
     prepare_data_workers: int = 0
     """masked_lm, electra, denoising and their kind: processes that tokenise; 0 does it in the main process."""
     clusters_filename: str | None = None
-    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster. A model
-    that was trained so has its own.
+    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster
+    (`funneltfm cluster-tokens` makes one). A model that was trained so has its own.
     """
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a broken row of a text file, or a question whose answer is not where it should be: stop, or skip
