@@ -351,6 +351,8 @@ def test_a_run_learns(flags: dict[str, Any], tiny_tokenizer: Any, make_config: A
     best = tmp_path / "pre_trained_models" / "run" / "best"
     transformers.AutoModelForPreTraining.from_pretrained(best)
     transformers.AutoModelForMaskedLM.from_pretrained(best / GENERATOR)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(best / GENERATOR)
+    assert tokenizer("fox")["input_ids"] == tiny_tokenizer("fox")["input_ids"]
 
 
 def test_a_size_for_a_generator_that_is_there(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
