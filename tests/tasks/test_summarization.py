@@ -137,6 +137,7 @@ def test_options_reach_the_model(tokenizers: dict[str, Any], make_writer: Any) -
         ({"generation_length_penalty": 2.0}, "length_penalty=2.0 does nothing without --generation_num_beams"),
         ({"generation_early_stopping": True, "generation_num_beams": 1}, "early_stopping=True does nothing without"),
         ({"generation_suppress_tokens": (3, 99999)}, "suppress_tokens must be ids from 0 to .*; got 99999"),
+        ({"generation_bad_words_ids": ("3", "4,99999")}, "bad_words_ids must be ids from 0 to .*; got 99999"),
         ({"generation_temperature": 1.0, "generation_top_k": 0, "generation_length_penalty": 1.0}, None),
         ({"generation_length_penalty": 2.0, "generation_num_beams": 2}, None),
     ],
@@ -214,6 +215,25 @@ def test_what_is_written_is_what_transformers_writes(model: str, tokenizers: dic
                 assert options.get("min_length", 1) <= len(own) <= limits["max_length"]
 
 
+def test_bad_words_are_not_written(tokenizers: dict[str, Any], make_writer: Any) -> None:
+    tokenizer = tokenizers["byte_level"]
+
+    def written(**flags: Any) -> list[int]:
+        args = make_train_args(
+            pipeline="summarization", model="bart", max_sequence_length=32, max_target_length=8,
+            additional_config_kwargs=make_writer("bart"), generation_min_length=8, **flags,
+        )  # fmt: skip
+        task = Summarization(args)
+        features = encode_rows([task], ROWS[:1], TextEncoder(tokenizer, 32), "rows")
+        torch.manual_seed(2)
+        net = make_heads(args, [task], tokenizer).eval().models["summarization"]
+        return task.generate(net, Collate([task], tokenizer)([features[0]]))[0, 1:].tolist()
+
+    first = written()
+    second = written(generation_bad_words_ids=(str(first[0]), "7,8"))
+    assert first[0] not in second
+
+
 def test_sampling_takes_no_random_numbers_from_the_training(tokenizers: dict[str, Any], make_writer: Any) -> None:
     args = make_train_args(
         pipeline="summarization", model="bart", additional_config_kwargs=make_writer("bart"), max_sequence_length=32,
@@ -243,6 +263,9 @@ def test_sampling_takes_no_random_numbers_from_the_training(tokenizers: dict[str
         ({"valid_bert_score": True, "valid_generation": False}, "writes nothing"),
         ({"test_bert_score": True, "bert_score_model": "/nowhere"}, "BERTScore cannot load the encoder"),
         ({"generation_num_beams": 0}, "at least 1"),
+        ({"generation_bad_words_ids": ("3", "4,")}, "takes the ids of each word, with commas .*; got '4,'"),
+        ({"generation_num_beam_groups": 2}, "no flag generation_num_beam_groups: .* give --generation_num_beams"),
+        ({"valid_bleurt_score": True}, "no flag valid_bleurt_score: .*--valid_bert_score"),
         ({"generation_top_p": 1.5, "generation_do_sample": True}, "between 0 and 1"),
         ({"max_target_length": 0}, "at least 1"),
     ],

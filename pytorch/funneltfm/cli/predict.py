@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 
 from funneltfm.cli.flags import BadFlag, FlagParser
+from funneltfm.tasks.flags import GENERATION_ELSEWHERE
 from funneltfm.training.train_config import PREDICT_GROUPS
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = FlagParser(PREDICT_GROUPS, prog="funneltfm predict", description="Predict with a trained model.")
+    parser = FlagParser(
+        PREDICT_GROUPS,
+        elsewhere=GENERATION_ELSEWHERE,
+        prog="funneltfm predict",
+        description="Predict with a trained model.",
+    )
     flags, given = parser.parse(argv)
     if flags["output_file"] is None:
         raise BadFlag("--output_file is missing: where the predictions go.")

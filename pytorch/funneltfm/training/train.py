@@ -44,7 +44,7 @@ from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError, Stopped, brief
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
-from funneltfm.tasks.flags import BLOCKS
+from funneltfm.tasks.flags import BLOCKS, GENERATION_ELSEWHERE
 from funneltfm.tasks.heads import Heads, n_token_types
 from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import ranks
@@ -124,7 +124,7 @@ def predict(**flags: Any) -> list[dict[str, Any]]:
     for name in ("pre_trained_model", "predict_dataset"):
         if not flags.get(name):
             raise InputError(f"--{name} is missing: prediction needs a model and data.")
-    typed_args(PREDICT_GROUPS, "predict", flags)
+    typed_args(PREDICT_GROUPS, "predict", flags, GENERATION_ELSEWHERE)
     args = make_predict_args(_hyperparameters(flags["pre_trained_model"])["flags"], flags)
     output = flags.get("output_file")
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from funneltfm.errors import InputError
-from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, own_flags, task_names
+from funneltfm.tasks.flags import (
+    GENERATION_ELSEWHERE,
+    TASK_GROUPS,
+    WITH_K,
+    GenerationFlags,
+    check_task_flags,
+    own_flags,
+    task_names,
+)
 from funneltfm.training.config import Args, Group, SpeedFlags, check_speed_flags, check_workers, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
@@ -329,7 +337,7 @@ def make_train_args(**flags: Any) -> Args:
     """Flags of `funneltfm train`, checked. Raises InputError for what is no flag, out of range, or not read by the
     pipeline.
     """
-    args = typed_args(TRAIN_GROUPS, "train", flags, TRAINER_ELSEWHERE)
+    args = typed_args(TRAIN_GROUPS, "train", flags, TRAINER_ELSEWHERE | GENERATION_ELSEWHERE)
     if args.pipeline is not None:
         check_task_flags(task_names(args.pipeline), args.given)
         own_flags(args.task_flags, args.pipeline)
