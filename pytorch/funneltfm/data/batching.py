@@ -226,9 +226,9 @@ def data_digest(*parts: bytes | np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def contents(array: np.ndarray) -> bytes | np.ndarray:
+def contents(array: np.ndarray) -> bytes | memoryview:
     """What a digest reads of an array: its numbers where they are, not a copy; of objects what they print."""
-    return repr(array.tolist()).encode() if array.dtype == object else np.ravel(array)
+    return repr(array.tolist()).encode() if array.dtype == object else np.ravel(array).data
 
 
 def check_digest(state: dict[str, Any], digest: str) -> None:
