@@ -99,6 +99,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours fp32": {"matmul_precision": "highest"},
     "ours bf16": {"bf16": True, "amp_opt": "O1"},
     "ours, by tokens": {"max_tokens": 512},
+    "ours bf16, by tokens": {"bf16": True, "amp_opt": "O1", "max_tokens": 512},
 }
 """Contender -> flags of `funneltfm classify`."""
 TRAINER_128, TRAINER_DYNAMIC = "HF Trainer, padded to 128", "HF Trainer, dynamic padding"

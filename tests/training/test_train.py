@@ -16,14 +16,16 @@ import lightning
 import pytest
 import torch
 import transformers
+import yaml
 
+from funneltfm.cli.flags import FlagParser
 from funneltfm.cli.train import main
 from funneltfm.errors import InputError
 from funneltfm.training import train as train_module
-from funneltfm.training.config import flag_fields
+from funneltfm.training.config import flag_fields, other_names
 from funneltfm.training.outputs import Outputs
 from funneltfm.training.train import predict, train
-from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_train_args
+from funneltfm.training.train_config import ELSEWHERE, TRAIN_GROUPS, make_train_args
 
 GOOD, BAD = ["good", "great", "fine", "lovely", "nice"], ["bad", "awful", "poor", "nasty", "ugly"]
 FILL = ["the", "film", "was", "a", "story", "about", "people", "and", "places", "in", "town", "with", "some", "music"]
@@ -101,6 +103,7 @@ def test_a_run_leaves_what_the_layout_says(data, tmp_path):
     card = (out.best / "README.md").read_text()
     assert "seq_class" in card
     assert f"{results['test']['seq_class/accuracy']:.4f}" in card
+    assert yaml.safe_load(card.partition("```yaml")[2].partition("```")[0]) == yaml.safe_load(out.config.read_text())
 
 
 def test_the_best_folder_reloads_with_the_auto_classes(data, tmp_path):
@@ -117,15 +120,70 @@ def test_the_best_folder_reloads_with_the_auto_classes(data, tmp_path):
             assert list(line["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
 
 
-def test_every_argument_of_the_trainer_is_a_flag_or_told_about():
-    arguments = set(inspect.signature(lightning.Trainer).parameters)
-    of_classify = {"fp16", "bf16", "amp_opt"}
-    assert arguments | of_classify == (arguments & flag_fields(TRAIN_GROUPS).keys()) | TRAINER_ELSEWHERE.keys()
-    for name, told in TRAINER_ELSEWHERE.items():
+# Those of the older framework's parsers, -k aside.
+OLDER_FLAGS = """
+pipeline model name seed early_stopping patience monitor monitor_direction output_dir ckpt_path
+stochastic_weight_averaging dynamo_fallback_eager devices_stats shuffle_sentences max_multi_token_predictions
+accelerator strategy devices num_nodes precision fast_dev_run max_epochs min_epochs max_steps min_steps
+limit_train_batches limit_val_batches limit_test_batches limit_predict_batches val_check_interval
+check_val_every_n_epoch num_sanity_val_steps log_every_n_steps accumulate_grad_batches gradient_clip_val
+gradient_clip_algorithm deterministic benchmark barebones profiler reload_dataloaders_every_n_epochs
+num_workers disable_memory_pinning batch_size eval_batch_size iterable prepare_data_per_node prepare_data_workers
+prepare_data_batch_size prepare_data_do_not_use_cache temporary_data_folder keep_in_memory
+train_dataset train_config train_shard_dataset reload_train_dataset_every_epoch
+valid_dataset valid_config valid_shard_dataset reload_valid_dataset_every_epoch
+test_dataset test_config test_shard_dataset reload_test_dataset_every_epoch
+predict_dataset predict_config predict_shard_dataset reload_predict_dataset_every_epoch
+checkpoint_interval no_val_checkpointing no_epoch_checkpointing
+extended_token_type_ids pad_to_k input_columns input_column label_column index_column label_weights num_labels
+metrics_empty_target_action separated grouping selection scores_column classification_head_type
+probability probability_masked probability_replaced probability_unchanged whole_word_masking whole_word_detection
+whole_word_denoising mean_span_length max_number_of_spans seq_class_weight masked_lm_weight token_class_weight
+token_detection_weight beta update_only_on_predictions clusters_filename save_additional_data_interval
+sample_function pre_trained_generator_config pre_trained_generator_model tie_generator_discriminator_embeddings
+generator_size query_column context_column answers_column doc_stride max_query_length max_answer_length n_best_size
+document_column summary_column additional_summaries_column prefix valid_bert_score test_bert_score
+valid_bleurt_score test_bleurt_score
+generation_min_length generation_max_length generation_min_new_tokens generation_max_new_tokens generation_do_sample
+generation_early_stopping generation_num_beams generation_temperature generation_top_k generation_top_p
+generation_typical_p generation_repetition_penalty generation_length_penalty generation_num_return_sequences
+generation_num_beam_groups generation_diversity_penalty generation_penalty_alpha generation_bad_words_ids
+generation_force_words_ids generation_no_repeat_ngram_size generation_encoder_no_repeat_ngram_size
+generation_max_time generation_renormalize_logits generation_suppress_tokens generation_begin_suppress_tokens
+generation_forced_decoder_ids
+sync_devices loss_fn scores_fn max_sequence_length pre_trained_model pre_trained_tokenizer pre_trained_config
+additional_config_kwargs compile temporary_models_folder optimizer scheduler scheduler_interval scheduler_frequency
+learning_rate weight_decay adamw_epsilon adamw_betas adamw_amsgrad num_warmup_steps adafactor_epsilon adafactor_beta1
+adafactor_decay_rate adafactor_clip_threshold fuse_adam_epsilon fuse_adam_betas fuse_adam_amsgrad tfadamw_epsilon
+tfadamw_betas tfadamw_amsgrad num_cycles end_learning_rate lr_decay_power layerwise_lr_decay_power scheduler_cycle
+num_constant_steps decay_power
+"""
+
+
+def test_every_older_flag_and_argument_of_the_trainer_is_a_flag_or_told_about():
+    flags = flag_fields(TRAIN_GROUPS).keys() | other_names(TRAIN_GROUPS).keys()
+    assert set(OLDER_FLAGS.split()) <= flags | ELSEWHERE.keys()
+    assert set(inspect.signature(lightning.Trainer).parameters) <= flags | ELSEWHERE.keys()
+    assert not flags & ELSEWHERE.keys()
+    for name, told in ELSEWHERE.items():
         with pytest.raises(InputError, match=re.escape(told)):
             train(pipeline="seq_class", **{name: True})
         with pytest.raises(InputError, match=re.escape(told)):
             main(["--pipeline=seq_class", f"--{name}=1"])
+
+
+def test_second_names_are_the_same_flag(tmp_path):
+    decay = {"scheduler": "polynomial_decay", "lr_decay_power": 2.0}
+    assert make_train_args(pipeline="seq_class", **decay).decay_power == 2
+    with pytest.raises(InputError, match="lr_decay_power and decay_power are the same flag"):
+        make_train_args(pipeline="seq_class", **decay, decay_power=3.0)
+    parser = FlagParser(TRAIN_GROUPS, prog="train")
+    config = tmp_path / "run.yaml"
+    config.write_text("lr_decay_power: 2\n", encoding="utf-8")
+    assert parser.parse([f"--config={config}"])[0]["decay_power"] == 2
+    config.write_text("lr_decay_power: 2\ndecay_power: 2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="gives lr_decay_power twice: decay_power is the same"):
+        parser.parse([f"--config={config}"])
 
 
 @pytest.mark.parametrize(
@@ -315,6 +373,7 @@ def test_a_mixture_is_saved_by_task_and_goes_on_from_there(data, tmp_path):
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(best / "seq_class")
     tables = [model.get_input_embeddings().weight for model in (masked, classifier)]
     assert torch.equal(*tables)  # one encoder
+    assert {path.parent.name for path in best.rglob("README.md")} == {"best", "masked_lm", "seq_class"}
     again = train(
         pipeline="masked_lm+seq_class", pre_trained_model=str(best), test_dataset=str(data / "test.jsonl"),
         name="again", output_dir=str(tmp_path),
@@ -632,6 +691,10 @@ def test_tensorboard_gets_the_rows_beside_a_folder_named_tensorflow(data, tmp_pa
     }
     assert shown == pytest.approx(written)
     assert "train/loss" in events.Tags()["scalars"]
+    (tested,) = events.Scalars("test/seq_class/accuracy")
+    results = json.loads(Outputs(tmp_path / "out", "run").results.read_text(encoding="utf-8"))
+    assert (tested.step, tested.value) == (results["steps"], pytest.approx(results["test"]["seq_class/accuracy"]))
+    assert float(rows(tmp_path / "out")[-1]["test/seq_class/accuracy"]) == results["test"]["seq_class/accuracy"]
 
 
 def test_wandb_has_a_run_for_each_seed(data, tmp_path, monkeypatch):
@@ -642,7 +705,13 @@ def test_wandb_has_a_run_for_each_seed(data, tmp_path, monkeypatch):
     for seed in (1, 2):
         folder = Outputs(tmp_path, f"run-seed_{seed}").run / "wandb"
         (path,) = folder.glob("offline-run-*/run-*.wandb")
-        for part in (f"run-seed_{seed}", "learning_rate", "train/loss", "valid/seq_class/accuracy"):
+        for part in (
+            f"run-seed_{seed}",
+            "learning_rate",
+            "train/loss",
+            "valid/seq_class/accuracy",
+            "test/seq_class/loss",
+        ):
             assert part.encode() in path.read_bytes(), part
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args
 import docstring_parser
 
 from funneltfm.errors import InputError, brief
-from funneltfm.training.config import Group, choices, item_type, read_yaml
+from funneltfm.training.config import Group, choices, item_type, other_names, read_yaml
 
 _BOOL = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -46,6 +46,7 @@ class FlagParser(argparse.ArgumentParser):
         self.defaults: dict[str, Any] = {}
         self._item_readers: dict[str, Callable[[str], Any]] = {}  # of flags that take several values
         self._switches: set[str] = set()
+        self.other_names = other_names(groups)
         if config_file:
             text = "YAML file of flags; those on the command line win"
             self.add_argument("--config", action="append", metavar="FILE", default=argparse.SUPPRESS, help=text)
@@ -127,7 +128,10 @@ class FlagParser(argparse.ArgumentParser):
         if not isinstance(content, dict):
             raise BadFlag(f"the config file {path} must hold a mapping: `name: value` lines, one for each flag.")
         words, lists = [], {}
-        for name, value in content.items():
+        if twice := [name for name in content if self.other_names.get(name) in content]:
+            raise BadFlag(f"the config file {path} gives {twice[0]} twice: {self.other_names[twice[0]]} is the same.")
+        for given, value in content.items():
+            name = self.other_names.get(given, given)
             if name not in self.defaults:
                 raise BadFlag(f"the config file {path} has the unknown flag {brief(name)!r}.{self._close([name])}")
             if isinstance(value, list) and name in self._item_readers and value:

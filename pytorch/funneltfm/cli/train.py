@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 from funneltfm.cli.flags import FlagParser
-from funneltfm.tasks.flags import GENERATION_ELSEWHERE
-from funneltfm.training.train_config import TRAIN_GROUPS, TRAINER_ELSEWHERE, make_train_args
+from funneltfm.training.train_config import ELSEWHERE, TRAIN_GROUPS, make_train_args
 
 
 def main(argv: Sequence[str]) -> None:
     parser = FlagParser(
         TRAIN_GROUPS,
-        elsewhere=TRAINER_ELSEWHERE | GENERATION_ELSEWHERE,
+        elsewhere=ELSEWHERE,
         prog="funneltfm train",
         description="Train any encoder on any pipeline.",
     )

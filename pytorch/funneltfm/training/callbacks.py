@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -159,7 +159,7 @@ class History(Callback):
             precision = trainer.precision_plugin
             if isinstance(precision, AmpPrecision) and precision.scaler is not None:
                 values |= {"loss_scale": precision.scaler.get_scale(), "skipped_steps": precision.skipped}
-            self._add(trainer, step, values | module.train_scores)
+            self.add(step, values | module.train_scores, trainer.loggers)
 
     def _check_losses(self) -> None:
         """Stop at the first step whose loss is not finite, in whichever process."""
@@ -196,14 +196,15 @@ class History(Callback):
         self._tick = 0.0
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             scores = {f"{split}/{name}": v for split, by_name in module.scores.items() for name, v in by_name.items()}
-            self._add(trainer, trainer.global_step, scores)
+            self.add(trainer.global_step, scores, trainer.loggers)
 
-    def _add(self, trainer: lightning.Trainer, step: int, values: dict[str, float]) -> None:
+    def add(self, step: int, values: dict[str, float], loggers: Iterable[Any]) -> None:
+        """Note a row of scores, here, in metrics.csv and with the loggers."""
         row = {"step": step, "epoch": round(step / self.per_epoch, 4), **values}
         self.rows.append(row)
         if not ranks.is_main():
             return
-        for logger in trainer.loggers:
+        for logger in loggers:
             logger.log_metrics(row, step)
         if self.path is None:
             return

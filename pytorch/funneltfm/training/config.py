@@ -258,13 +258,24 @@ def flag_fields(groups: Sequence[Group] = GROUPS) -> dict[str, dataclasses.Field
     return {field.name: field for _, cls, skip in groups for field in dataclasses.fields(cls) if field.name not in skip}
 
 
+def other_names(groups: Sequence[Group]) -> dict[str, str]:
+    """The second names of flags that have one, to the first."""
+    fields = flag_fields(groups).values()
+    names = {field.metadata["alias"].lstrip("-"): field.name for field in fields if "alias" in field.metadata}
+    return {other: name for other, name in names.items() if other != name}
+
+
 def typed_args(
     groups: Sequence[Group], verb: str, flags: dict[str, Any], elsewhere: Mapping[str, str] = MappingProxyType({})
 ) -> Args:
     """Flags over their defaults. Raises InputError for a name that is no flag and for values of another type.
     elsewhere: what to say of names that people look for here.
     """
-    fields = flag_fields(groups)
+    fields, names = flag_fields(groups), other_names(groups)
+    for other in sorted(names.keys() & flags.keys()):
+        if names[other] in flags:
+            raise InputError(f"{other} and {names[other]} are the same flag; give one of them.")
+    flags = {names.get(name, name): value for name, value in flags.items()}
     if unknown := sorted(set(flags) - set(fields)):
         if unknown[0] in elsewhere:
             raise InputError(f"there is no flag {unknown[0]}: {elsewhere[unknown[0]]}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+import yaml
 from lightning import Callback
 
 from funneltfm.errors import InputError
@@ -193,9 +194,8 @@ def model_card(args: Args, results: dict[str, Any]) -> str:
     ]
     for split in ("valid", "test"):
         lines += [f"| {split} | {name} | {value:.4f} |" for name, value in results.get(split, {}).items()]
-    lines += ["", "Flags:", "", "```yaml"]
-    lines += [f"{name}: {value}" for name, value in given_flags(args).items()]
-    return "\n".join([*lines, "```", ""])
+    flags = yaml.safe_dump(given_flags(args), sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "", "Flags:", "", "```yaml", flags + "```", ""])
 
 
 def _density_lines(results: dict[str, Any]) -> list[str]:
@@ -208,8 +208,10 @@ def _density_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_model_card(folder: Path, args: Args, results: dict[str, Any]) -> None:
-    write_text(folder / "README.md", model_card(args, results))
+def write_model_cards(folder: Path, tasks: Sequence[Task], args: Args, results: dict[str, Any]) -> None:
+    """In the model's folder and, of a mixture, in that of each task."""
+    for one in [folder, *(folder / task.name for task in tasks if (folder / task.name).is_dir())]:
+        write_text(one / "README.md", model_card(args, results))
 
 
 def best_state(outputs: Outputs) -> dict[str, torch.Tensor]:

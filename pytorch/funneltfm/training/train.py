@@ -22,7 +22,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from funneltfm.data.batching import StepSampler, TokenBudget, data_digest
@@ -62,7 +62,7 @@ from funneltfm.training.outputs import (
     given_flags,
     save_final_model,
     save_model,
-    write_model_card,
+    write_model_cards,
 )
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.predictions import write_rows
@@ -255,7 +255,7 @@ def _devices(args: Args) -> int:
 
 # ---- one run
 
-_PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+_PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
@@ -284,18 +284,23 @@ def _run(args: Args, outputs: Outputs) -> dict[str, Any]:
         saved = {name: value for name, value in given_flags(args).items() if name not in _OF_THE_START}
         write_text(outputs.config, yaml.safe_dump(saved, sort_keys=False))
     path = outputs.run / "log.txt" if ranks.is_main() and not args.fast_dev_run else None
-    with log_file(path, append=args.resume), quiet():
+    with log_file(path, append=args.resume), quiet(), _loggers(args, outputs) as loggers:
         n_param = sum(p.numel() for p in heads.parameters())
         sizes = ", ".join(f"{len(split.features)} {name}" for name, split in splits.items())
         log.info("%s: %s examples; %s parameters; %s", args.name, sizes, f"{n_param:,}", outputs.run)
         module = TaskModule(heads, tasks, args, splits, teachers)
         results: dict[str, Any] = {"name": args.name, "pipeline": args.pipeline, "seed": args.seed}
+        history = None
         if args.train_dataset is not None:
-            results |= _fit(args, module, text, outputs, draw, resume_from, sparsity)
+            facts, history = _fit(args, module, text, outputs, draw, resume_from, sparsity, loggers)
+            results |= facts
         for stage in [name for name in splits if name != "train" and _limit(args, name) != 0]:
             evaluate(args, module, text, stage)
             if module.scores[stage]:
                 results[stage] = module.scores[stage]
+                if history is not None and stage != "valid":  # of that, history has every validation
+                    scores = {f"{stage}/{name}": value for name, value in results[stage].items()}
+                    history.add(results["steps"], scores, loggers)
         results |= {
             "parameters": n_param,
             **({"density": density} if (density := density_of(heads)) else {}),
@@ -523,8 +528,9 @@ def _fit(
     draw: Mixture | None,
     resume_from: Path | None,
     sparsity: Sequence[StaticSparsity],
-) -> dict[str, Any]:
-    """Train, and load the best weights into the module; what there is to tell about it."""
+    loggers: list[Any],
+) -> tuple[dict[str, Any], History | None]:
+    """Train, and load the best weights into the module; what there is to tell about it, and where more is noted."""
     if args.max_steps < 0 and args.max_epochs is None and args.max_time is None:
         raise InputError("say how long to train: --max_epochs, --max_steps or --max_time.")
     loader, ids = _stream_loader(args, module, text) if args.streaming else _train_loader(args, module, text, draw)
@@ -587,7 +593,7 @@ def _fit(
         profiler=_PROFILERS[args.profiler](outputs.run, "profile") if args.profiler and keeps else args.profiler,
         enable_model_summary=args.enable_model_summary,
         callbacks=callbacks,
-        logger=_loggers(args, outputs) if keeps else False,
+        logger=loggers or False,
         plugins=[WholeCheckpoints()],
     )
     try:
@@ -602,13 +608,8 @@ def _fit(
         if not ranks.is_main():
             raise
         raise KeyboardInterrupt(f"--resume --name={args.name} goes on from the last checkpoint.") from None
-    finally:
-        if keeps and "wandb" in args.loggers and ranks.is_main():
-            import wandb
-
-            wandb.finish()  # the next run of this process, of another seed, is one of its own
     if not keeps:
-        return {"steps": trainer.global_step}
+        return {"steps": trainer.global_step}, None
     heads = module.whole("heads")
     if ranks.is_main():
         epoch = max(0, trainer.current_epoch - 1)
@@ -621,9 +622,9 @@ def _fit(
         "tokens_per_second": round(history.tokens_per_second, 1),
     }
     if args.stochastic_weight_averaging or not saves or not history.best:
-        return facts
+        return facts, history
     module.load_whole(ranks.main_decides(lambda: best_state(outputs)))
-    return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}
+    return facts | {"monitor": main, "best_step": history.best["step"], "best": history.best[main]}, history
 
 
 def _first_batches(train: Split, args: Args) -> Split:
@@ -696,9 +697,13 @@ def _best(outputs: Outputs, main: str, lower: bool) -> BestCheckpoint:
     )
 
 
-def _loggers(args: Args, outputs: Outputs) -> Any:
-    """Loggers beside metrics.csv, which History writes."""
+@contextlib.contextmanager
+def _loggers(args: Args, outputs: Outputs) -> Iterator[list[Any]]:
+    """Loggers beside metrics.csv, which History writes; of training alone."""
     loggers: list[Any] = []
+    if args.train_dataset is None or args.fast_dev_run or args.barebones:
+        yield loggers
+        return
     if "tensorboard" in args.loggers:
         # TensorBoard asks TensorFlow for its files, and a folder of that name (ours) is enough to confuse it.
         sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
@@ -727,7 +732,13 @@ def _loggers(args: Args, outputs: Outputs) -> Any:
             ) from error
     for logger in loggers:
         logger.log_hyperparams(given_flags(args))
-    return loggers or False
+    try:
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.finalize("success")  # Lightning has done so after training, but not since
+        if "wandb" in args.loggers and ranks.is_main():
+            wandb.finish()  # the next run of this process, of another seed, is one of its own
 
 
 def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
@@ -815,7 +826,7 @@ def _write(
 ) -> None:
     if args.train_dataset is not None:
         save_model(heads, module.tasks, tokenizer, args, outputs.best)
-        write_model_card(outputs.best, args, results)
+        write_model_cards(outputs.best, module.tasks, args, results)
     for stage, by_task in module.records.items():
         for task in module.scored():
             if task.name in by_task:

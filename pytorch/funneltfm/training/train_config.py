@@ -215,7 +215,7 @@ class TrainerFlags:
     """Say which operation made a NaN in the backward pass; slow."""
     sync_batchnorm: bool = False
     """Batch norms over all devices."""
-    profiler: Literal["simple", "advanced"] | None = None
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
     """Measure where the time goes, into a file in runs/NAME."""
     enable_progress_bar: bool = True
     """Show a progress bar on a terminal, in place of lines."""
@@ -233,8 +233,8 @@ class TrainerFlags:
     """Evaluate in torch's inference mode, not under no_grad."""
 
 
-# The trainer's other arguments.
-TRAINER_ELSEWHERE = {
+# What is no flag: other arguments of Lightning's trainer, and flags of the older framework.
+ELSEWHERE = {
     "logger": "give --loggers",
     **dict.fromkeys(("fp16", "bf16", "amp_opt"), "give --precision, as in --precision bf16-mixed"),
     "default_root_dir": "give --output_dir",
@@ -243,7 +243,20 @@ TRAINER_ELSEWHERE = {
     "use_distributed_sampler": "rows are always dealt out to the processes, and count once",
     "reload_dataloaders_every_n_epochs": "every epoch is drawn anew, by its seed and number",
     "enable_autolog_hparams": "flags are always logged",
-    "model_registry": "models go to pre_trained_models in --output_dir",
+    **dict.fromkeys(("model_registry", "temporary_models_folder"), "models go to pre_trained_models in --output_dir"),
+    "iterable": "give --streaming",
+    "scheduler_cycle": "a schedule ends with the run; --scheduler cosine has --num_cycles",
+    "save_additional_data_interval": "the counts of clusters are in every checkpoint; give --checkpoint_interval",
+    **dict.fromkeys(
+        ("prepare_data_per_node", "prepare_data_batch_size", "prepare_data_do_not_use_cache", "keep_in_memory"),
+        "data are prepared in memory at every start, or once into --tokenized_dir",
+    ),
+    "temporary_data_folder": "give --tokenized_dir",
+    **dict.fromkeys(
+        (f"reload_{stage}_dataset_every_epoch" for stage in ("train", "valid", "test", "predict")),
+        "every epoch is drawn anew, by its seed and number",
+    ),
+    **GENERATION_ELSEWHERE,
 }
 
 
@@ -337,7 +350,7 @@ def make_train_args(**flags: Any) -> Args:
     """Flags of `funneltfm train`, checked. Raises InputError for what is no flag, out of range, or not read by the
     pipeline.
     """
-    args = typed_args(TRAIN_GROUPS, "train", flags, TRAINER_ELSEWHERE | GENERATION_ELSEWHERE)
+    args = typed_args(TRAIN_GROUPS, "train", flags, ELSEWHERE)
     if args.pipeline is not None:
         check_task_flags(task_names(args.pipeline), args.given)
         own_flags(args.task_flags, args.pipeline)
