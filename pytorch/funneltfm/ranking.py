@@ -13,9 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from funneltfm.errors import InputError
-
-Action = Literal["skip", "neg", "pos", "error"]
+Action = Literal["skip", "neg", "pos"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def ranking_scores(
     """Means over the queries of the named METRICS.
 
     scores: (N,), more is better. right: (N,) bool or 0 and 1. queries: (N,), equal where candidates belong together.
-    empty_target_action: what a query without a right candidate counts: nothing, 0, 1, or an InputError.
+    empty_target_action: what a query without a right candidate counts: nothing, 0 or 1.
 
     NAME is the mean by that rule; raw_NAME that over all queries, where one without a right candidate counts 0;
     clean_NAME that over the queries with both right and wrong candidates. 0 where no query is left; NaN where scores
@@ -122,12 +120,6 @@ def ranking_scores(
     parts = np.split(order, first[1:])
     some = np.array([right[part].any() for part in parts])
     mixed = some & np.array([not right[part].all() for part in parts])
-    if empty_target_action == "error" and not some.all():
-        query = np.asarray(queries)[parts[int(np.argmin(some))][0]]
-        raise InputError(
-            f"query {query} has no right candidate ({int((~some).sum())} of {len(parts)} queries have none). Give "
-            f"--metrics_empty_target_action skip, neg or pos, or take such queries out."
-        )
     values = np.zeros((len(names), len(parts)))
     for at in np.flatnonzero(some):
         ties = Ties.of(scores[parts[at]], right[parts[at]])

@@ -169,6 +169,15 @@ def test_evaluation_sees_every_example(batch_size: int, ranks: int) -> None:
     assert all(seen[i] == pytest.approx(prepare({"index": i}, -1)["x"]) for i in seen)
 
 
+def test_evaluation_of_some_examples_begins_with_the_longest() -> None:
+    features = Features.of(examples())
+    chosen = np.arange(3, N, 2)
+    index = [i for batch in eval_loader(features, make, 4, 0, 1, prepare, chosen) for i in batch["index"].tolist()]
+    assert sorted(index) == chosen.tolist()
+    assert features.lengths[index[0:4]].max() == features.lengths[chosen].max()
+    assert features.lengths[index[-4:]].min() == features.lengths[chosen].min()
+
+
 class Sums(lightning.LightningModule):
     """Keeps what it is given."""
 

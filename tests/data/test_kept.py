@@ -57,6 +57,18 @@ def test_they_are_those_in_memory(tmp_path: Path, at_once: int, n: int, monkeypa
     assert len(folders(tmp_path)) == 1  # nothing else is left
 
 
+def test_a_note_is_kept_beside(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def some() -> Iterator[dict[str, Any]]:
+        for one in examples(3):
+            made.append(one["row"])
+            yield one
+
+    assert kept(tmp_path, "x", KEY, some, lambda: {"rows": made}).note == {"rows": [0, 1, 2]}
+    assert kept(tmp_path, "x", KEY, never, never).note == {"rows": [0, 1, 2]}
+
+
 def test_another_process_gets_the_folder_and_not_the_numbers(tmp_path: Path) -> None:
     many = kept(tmp_path, "x", KEY, lambda: examples(20_000))
     assert len(pickle.dumps(many)) < 1000

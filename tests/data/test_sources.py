@@ -428,44 +428,45 @@ def test_concatenate(tmp_path):
         concatenate([])
 
 
-def test_a_mixture_has_its_shares_exactly(tmp_path):
-    mixture = Mixture([numbers(tmp_path, "a", 30), numbers(tmp_path, "b", 5)], [0.7, 0.3], epoch_size=50)
+def mixed(sizes, weights):
+    """Of sources of these sizes, one after another."""
+    return Mixture(np.repeat(np.arange(len(sizes)), sizes), weights, [f"set {i}" for i in range(len(sizes))])
+
+
+def test_a_mixture_has_its_shares_exactly():
+    mixture = mixed([45, 5], [0.7, 0.3])
     epoch = mixture.epoch(1, 0)
     assert epoch.dtype == np.int64
-    names = Counter(mixture.rows[i]["x"] for i in epoch)
-    assert sum(count for name, count in names.items() if name[0] == "a") == 35
-    assert set(names.values()) == {1, 2, 3}
-    assert {count for name, count in names.items() if name[0] == "b"} == {3}  # 15 of 5
-    assert sorted(count for name, count in names.items() if name[0] == "a") == [1] * 25 + [2] * 5
+    counts = np.bincount(epoch, minlength=50)
+    assert counts[:45].sum() == 35
+    assert set(counts[:45]) == {0, 1}
+    assert set(counts[45:]) == {3}  # 15 of 5
     assert (epoch == mixture.epoch(1, 0)).all()
     for other in ((1, 1), (2, 0)):
         assert (epoch != mixture.epoch(*other)).any()
 
 
-def test_a_mixture_goes_through_all_rows_before_any_comes_again(tmp_path):
-    mixture = Mixture([numbers(tmp_path, "a", 10), numbers(tmp_path, "b", 1)], [1, 1], epoch_size=6)
-    taken = np.concatenate([mixture.epoch(3, epoch) for epoch in range(10)])
-    first = taken[taken < 10]
-    assert len(first) == 30
-    assert Counter(np.concatenate([mixture.epoch(3, e) for e in range(10)])[taken < 10].tolist()) == dict.fromkeys(
-        range(10), 3
-    )
-    for_three = [i for epoch in range(3) for i in mixture.epoch(3, epoch).tolist() if i < 10]
-    assert len(set(for_three)) == len(for_three) == 9
+def test_examples_of_a_source_need_not_stand_together():
+    parts = np.array([0, 1, 0, 0, 1, 0])
+    epoch = Mixture(parts, [1, 2], ["a", "b"]).epoch(0, 0)
+    assert sorted(parts[epoch]) == [0, 0, 1, 1, 1, 1]
+    assert Counter(epoch[parts[epoch] == 1].tolist()) == {1: 2, 4: 2}
 
 
-def test_without_weights_an_epoch_has_every_row_once(tmp_path):
-    mixture = Mixture([numbers(tmp_path, "a", 7), numbers(tmp_path, "b", 3)])
-    for epoch in range(3):
-        assert sorted(mixture.epoch(0, epoch)) == list(range(10))
-    assert sorted(mixture.epoch(0, 0)) != mixture.epoch(0, 0).tolist()
-    assert (mixture.epoch(0, 0) != mixture.epoch(0, 1)).any()
+def test_a_mixture_goes_through_all_examples_before_any_comes_again():
+    mixture = mixed([10, 2], [1, 1])
+    taken = [i for epoch in range(5) for i in mixture.epoch(3, epoch).tolist()]
+    assert Counter(i for i in taken if i < 10) == dict.fromkeys(range(10), 3)
+    assert Counter(i for i in taken if i >= 10) == {10: 15, 11: 15}
+    first = [i for i in mixture.epoch(3, 0).tolist() + mixture.epoch(3, 1).tolist() if i < 10]
+    assert len(first) == 12
+    assert set(first) == set(range(10))
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.floats(1e-3, 1e3)), min_size=1, max_size=4), st.integers(1, 40))
-def test_any_mixture(tmp_path_factory, parts, epoch_size):
-    rows = numbers(tmp_path_factory.getbasetemp(), "a", 6)
-    mixture = Mixture([rows[:size] for size, _ in parts], [weight for _, weight in parts], epoch_size)
+@given(st.lists(st.tuples(st.integers(1, 12), st.floats(1e-3, 1e3)), min_size=1, max_size=4))
+def test_any_mixture(parts):
+    epoch_size = sum(size for size, _ in parts)
+    mixture = mixed(*zip(*parts, strict=True))
     total = sum(weight for _, weight in parts)
     starts = np.cumsum([0] + [size for size, _ in parts])
     counts = np.zeros(starts[-1], int)
@@ -480,22 +481,17 @@ def test_any_mixture(tmp_path_factory, parts, epoch_size):
         assert np.ptp(counts[start:end]) <= 1  # over three epochs together
 
 
-def test_equal_fractions_go_to_the_first(tmp_path):
-    rows = numbers(tmp_path, "a", 3)
-    assert Mixture([rows] * 3, [1, 1, 1], 8).quotas == [3, 3, 2]
-    assert Mixture([rows] * 3, [0.1, 0.2, 0.7], 10).quotas == [1, 2, 7]
-    assert Mixture([rows] * 3, [0.3, 0.1, 0.6], 5).quotas == [2, 0, 3]  # 1.5, 0.5 and 3: as written, not as floats
-    assert Mixture([rows] * 2, [1e-9, 1], 3).quotas == [0, 3]
-    assert len(Mixture([rows] * 2, [1e-9, 1], 3).epoch(0, 5)) == 3
+def test_equal_fractions_go_to_the_first():
+    assert mixed([3, 3, 2], [1, 1, 1]).quotas == [3, 3, 2]
+    assert mixed([4, 3, 3], [0.1, 0.2, 0.7]).quotas == [1, 2, 7]
+    assert mixed([1, 2, 2], [0.3, 0.1, 0.6]).quotas == [2, 0, 3]  # 1.5, 0.5 and 3: as written, not as floats
+    assert mixed([1, 2], [1e-9, 1]).quotas == [0, 3]
+    assert len(mixed([1, 2], [1e-9, 1]).epoch(0, 5)) == 3
 
 
-def test_wrong_mixtures(tmp_path):
-    rows = numbers(tmp_path, "a", 3)
-    for weights in ([1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")], []):
-        with pytest.raises(InputError, match=r"expected a weight above 0 for each of .*a\.csv, .*a\.csv, got \["):
-            Mixture([rows, rows], weights)
-    with pytest.raises(InputError, match="epoch_size must be a positive number of rows, got 0"):
-        Mixture([rows], epoch_size=0)
+def test_a_source_without_examples_cannot_be_drawn_from():
+    with pytest.raises(InputError, match="expected examples of set 1 to draw from, but no row makes one"):
+        mixed([3, 0], [1, 1])
 
 
 # ---- streams
@@ -513,8 +509,12 @@ def streamed(folder, kind, datasets, count=3000):
     return write(name, [{"text": text} for text in texts], datasets)
 
 
+def value(row):
+    return int(row["text"] if "text" in row else row["words"][0])
+
+
 def values(rows):
-    return [int(row["text"] if "text" in row else row["words"][0]) for row in rows]
+    return [value(row) for row in rows]
 
 
 @pytest.mark.parametrize("kind", STREAMED)
@@ -536,6 +536,17 @@ def test_streams(tmp_path, kind, datasets):
         parts = [values(stream_rows(source, ranks=ranks, workers=workers, buffer=10, **place)) for place in places]
         assert sorted(chain(*parts)) == list(range(3000))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_rows_of_a_stream_have_the_same_numbers_for_all(tmp_path, kind, datasets):
+    source = streamed(tmp_path, kind, datasets)
+    stream = stream_rows(source, buffer=0)
+    numbers = {value(row): stream.number for row in stream}
+    assert len({*numbers.values()}) == 3000
+    for worker in range(7):
+        stream = stream_rows(source, seed=worker, buffer=10, worker=worker, workers=7)
+        assert all(numbers[value(row)] == stream.number for row in stream)
 
 
 def test_a_stream_of_few_rows(tmp_path):

@@ -91,6 +91,38 @@ def test_what_cannot_go_on_is_said(source, tmp_path):
         next(iter(loader(str(few), rank=1, ranks=2)))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "bad lines"])
+def test_an_example_is_known_by_its_row_whoever_reads_it(source, tmp_path, kind):
+    """So what is drawn for it depends on (seed, pass, row) alone."""
+    if kind == "json":
+        (tmp_path / "rows.json").write_text(json.dumps([{"n": n} for n in range(50)]))
+        source = str(tmp_path / "rows.json")
+    elif kind == "bad lines":
+        Path(source).write_text("".join(f'broken\n\n{{"n": {n}}}\n' if n % 3 else f'{{"n": {n}}}\n' for n in range(50)))
+    known = {}
+    settings = [
+        *({}, {"num_workers": 2}, {"num_workers": 2, "batch_size": 7}, {"buffer": 0}, {"seed": 5, "buffer": 50}),
+        *({"rank": 0, "ranks": 2}, {"rank": 1, "ranks": 2, "num_workers": 2}),
+    ]
+    for more in settings:
+        first = {}
+        for batch in islice(loader(source, **more, bad_rows="skip"), 40):
+            for n, index, epoch in zip(*(batch[name].tolist() for name in ("n", "index", "epoch")), strict=True):
+                assert known.setdefault(n, index) == index
+                first[n] = first.get(n, 0) + (epoch == 0)
+        assert set(first.values()) == {1}  # the end of a pass is of that pass, though the batch goes on with the next
+    assert len(set(known.values())) == len(known) == 50
+
+
+def test_blocks_are_known_by_their_rows(source, small_groups):
+    known = {}
+    for more in ({}, {"num_workers": 2}, {"batch_size": 5, "buffer": 0}):
+        for batch in islice(block_loader(source, **more), 74):
+            for pair, index in zip(batch["pairs"], batch["index"].tolist(), strict=True):
+                assert known.setdefault(pair, index) == index
+    assert len(set(known.values())) == len(known) == 147
+
+
 # ---- documents, each of many examples
 
 
@@ -148,7 +180,9 @@ def test_a_stream_of_text_files_is_of_documents(tmp_path):
     path.write_text("".join(f"{n}\n{n}\n\n" for n in range(30)))
 
     def lines(rows: list[dict]) -> Features:
-        return Features.of([{"input_ids": [int(n) for n in row["text"].split()]} for row in rows])
+        return Features.of([
+            {"row": i, "input_ids": [int(n) for n in row["text"].split()]} for i, row in enumerate(rows)
+        ])  # fmt: skip
 
     seen = [batch["n"].tolist() for batch in islice(StreamLoader(
         str(path), lines, prepare, make, batch_size=3, seed=0, length=10, buffer=4, documents=True

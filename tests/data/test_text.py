@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,18 @@ def test_what_is_too_long_fits_exactly(kind: str, length: int, made: Callable[[s
         assert example["input_ids"] == expected
     (single,) = cut.encode([rows[0]])
     assert single["input_ids"] == tokenizer(rows[0][0], truncation=True, max_length=length)["input_ids"]
+
+
+def test_what_is_cut_is_told_once(made: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> None:
+    text = TextEncoder(made("bert"), 9)
+    text.encode([["fox " * 3], ["fox " * 7], ["fox " * 8], ["fox " * 20, "the"]])
+    replace(text, max_length=12).encode([["fox " * 9], ["fox " * 11]])  # counts with it
+    with caplog.at_level("INFO"):
+        text.cuts.tell("x.csv")
+        text.cuts.tell("x.csv")
+    assert caplog.messages == [
+        "x.csv: 3 of 6 inputs were longer than --max_sequence_length and are cut; the longest had 24 tokens"
+    ]
 
 
 def test_three_texts_go_on_as_two_do(made: Callable[[str], Any]) -> None:

@@ -249,7 +249,7 @@ def test_what_is_shipped_has_the_settings_of_the_original() -> None:
     for way, tasks in found.items():
         assert set(tasks) == set(GLUE)
         for _, _, flags in tasks.values():
-            assert (flags["batch_size"], flags["max_sequence_length"]) == (32, 128)
+            assert (flags["batch_size"], flags["max_sequence_length"]) == (32, [128])
             assert flags.get("num_warmup_steps", 0) == (0 if way == "table" else 0.1)
             if way != "hp_chase":
                 assert flags["learning_rate"] == 2e-5

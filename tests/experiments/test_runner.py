@@ -17,7 +17,7 @@ import pytest
 from funneltfm.cli.main import main
 from funneltfm.errors import InputError, Stopped
 from funneltfm.experiments.registry import Experiments
-from funneltfm.experiments.runner import Runner, Settings, accumulation, n_processes, run_here
+from funneltfm.experiments.runner import Runner, Settings, _changes, accumulation, n_processes, run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "pytorch"), "OMP_NUM_THREADS": "1"}
@@ -236,3 +236,10 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_that_is_not(
     assert runs[0]["density"] == runs[1]["density"]
     assert runs[0]["density"]["mask"] == pytest.approx(0.5, abs=0.01)
     assert (tmp_path / "b/experiments/masked_lm.md").is_file()
+
+
+def test_one_value_is_a_list_of_it() -> None:
+    """As of a flag that takes more values than it did when the run was started."""
+    now = {"flags": {"max_sequence_length": [16]}, "models": {}}
+    assert _changes({"flags": {"max_sequence_length": 16}, "models": {}}, now) == []
+    assert _changes({"flags": {"max_sequence_length": 8}, "models": {}}, now) == ["max_sequence_length was 8, is [16]"]

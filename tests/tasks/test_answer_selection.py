@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -13,7 +14,6 @@ import funneltfm  # noqa: F401  registers our models
 from funneltfm.cli.flags import FlagParser
 from funneltfm.data.text import NO_WORD, TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.ranking import ranking_scores
 from funneltfm.tasks.answer_selection import RANKING, AnswerSelection
 from funneltfm.tasks.base import Collate, Prepare, encode_rows, make_tasks
 from funneltfm.tasks.heads import Heads
@@ -191,19 +191,40 @@ def test_one_label_says_whether_any_candidate_is_right(tokenizers):
 # ---- scores
 
 
+def orders(own):
+    """The labels of (score, label) pairs, the best score first, in every order that equal scores leave open."""
+    each = []
+    for level in sorted({score for score, _ in own}, reverse=True):
+        labels = [label for score, label in own if score == level]
+        places = itertools.combinations(range(len(labels)), sum(labels))
+        each.append([[int(i in right) for i in range(len(labels))] for right in places])
+    return [[*itertools.chain(*order)] for order in itertools.product(*each)]
+
+
 def trec(scores, right, queries):
-    """The same metrics by trec_eval, over queries with a right candidate, all queries, and those with both kinds."""
+    """The same metrics by trec_eval, over queries with a right candidate, all queries, and those with both kinds. It
+    orders equal scores by names; so it is shown every order that they may have, and the mean is taken, as RANKING does.
+    """
     pytrec_eval = pytest.importorskip("pytrec_eval")
     names = dict(zip(RANKING, ("map", "recip_rank", "P_1", "success_5", "ndcg"), strict=True))
-    qrel, run = {}, {}
-    for i, query in enumerate(queries):
-        qrel.setdefault(str(query), {})[str(i)] = int(right[i])
-        run.setdefault(str(query), {})[str(i)] = float(scores[i])
-    results = pytrec_eval.RelevanceEvaluator(qrel, set(names.values())).evaluate(run)
-    some = [q for q in qrel if any(qrel[q].values())]
-    both = [q for q in some if not all(qrel[q].values())]
-    kinds = {"": some, "raw_": list(qrel), "clean_": both}
-    return {p + n: np.mean([results[q][key] for q in of]) for n, key in names.items() for p, of in kinds.items()}
+    own = {}
+    for score, label, query in zip(scores, right, queries, strict=True):
+        own.setdefault(str(query), []).append((float(score), int(label)))
+    shown = {f"{query} {n}": order for query in own for n, order in enumerate(orders(own[query]))}
+    assert len(shown) < 10_000
+    qrel = {name: {str(i): label for i, label in enumerate(order)} for name, order in shown.items()}
+    run = {name: {str(i): float(-i) for i in range(len(order))} for name, order in shown.items()}
+    of_orders = {query: [] for query in own}
+    for name, values in pytrec_eval.RelevanceEvaluator(qrel, set(names.values())).evaluate(run).items():
+        of_orders[name.rpartition(" ")[0]].append(values)
+    some = [query for query in own if any(label for _, label in own[query])]
+    both = [query for query in some if not all(label for _, label in own[query])]
+    kinds = {"": some, "raw_": list(own), "clean_": both}
+    return {
+        prefix + name: np.mean([np.mean([values[key] for values in of_orders[query]]) for query in of])
+        for name, key in names.items()
+        for prefix, of in kinds.items()
+    }
 
 
 @pytest.mark.parametrize("k", [None, 3])
@@ -430,36 +451,46 @@ def test_bad_flags_of_a_run(tokenizers, tmp_path):
 
 
 def wikiqa(split, n):
-    """The first rows; a sentence that comes twice for its question, once."""
+    """The first n rows."""
     with open(SHARED / f"WikiQA/WikiQA-{split}.tsv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE))
     names = {"q": "Question", "a": "Sentence", "label": "Label", "id": "QuestionID"}
-    rows = [{name: row[column] for name, column in names.items()} for row in rows]
-    return list({(row["id"], row["a"]): row for row in rows}.values())[:n]
+    return [{name: row[column] for name, column in names.items()} for row in rows[:n]]
+
+
+JOINT = {"k": 5, "pad_to_k": True, "grouping": "random"}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="WikiQA is not here: ../shared/data")
-@pytest.mark.parametrize("flags", [{}, {"k": 5, "pad_to_k": True, "grouping": "random"}])
+@pytest.mark.parametrize("flags", [{}, JOINT, JOINT | {"label_weights": (1.0, 40.0)}])
 def test_wikiqa(tmp_path, flags):
+    metrics = pytest.importorskip("sklearn.metrics")
     tokenizer = transformers.BertTokenizer(str(SHARED / "tokenizers/bert-base-uncased/vocab.txt"))
     rows = wikiqa("dev", 500)
-    more = {"index_column": "id", "max_sequence_length": 96, "max_epochs": 2}
+    doubles = [row | {"label": "0"} for row in rows if row["label"] == "1"]  # right and wrong ones with equal scores
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text("".join(json.dumps(row) + "\n" for row in rows + doubles), encoding="utf-8")
+    more = {"index_column": "id", "max_sequence_length": 96, "max_epochs": 2, "valid_dataset": str(valid)}
     results, lines = run(tmp_path, tokenizer, rows, **more, **flags)
     scores = {name.removeprefix("answer_selection/"): value for name, value in results["valid"].items()}
-    assert len(lines) == 500
-    assert [line["query"] for line in lines] == [row["id"] for row in rows]
-    assert [line["label"] for line in lines] == [int(row["label"]) for row in rows]
-    assert scores["loss"] < 0.5  # log 2 = .69 is not to know
-    columns = ("score", "label", "query")
-    again = ranking_scores(RANKING, *(np.array([line[name] for line in lines]) for name in columns))
-    assert scores == pytest.approx(scores | again, abs=1e-9)
-    seen = [(line["query"], line["score"]) for line in lines]
-    tied = {query for query, score in seen if seen.count((query, score)) > 1}  # trec_eval has another rule for ties
-    kept = [line for line in lines if line["query"] not in tied]
-    assert len(kept) > 400
-    ours = ranking_scores(RANKING, *(np.array([line[name] for line in kept]) for name in columns))
-    for name, value in trec(*([line[name] for line in kept] for name in columns)).items():
-        assert ours[name] == pytest.approx(value, abs=1e-9), name
+    assert [line["query"] for line in lines] == [row["id"] for row in rows + doubles]
+    assert [line["label"] for line in lines] == [int(row["label"]) for row in rows + doubles]
+    assert scores["f1"] > 0 if "label_weights" in flags else scores["loss"] < 0.5  # log 2 = .69 is not to know
+    columns = {name: [line[name] for line in lines] for name in ("score", "label", "query", "prediction")}
+    if not flags:
+        labels = {}
+        for query, score, label in zip(columns["query"], columns["score"], columns["label"], strict=True):
+            labels.setdefault((query, score), set()).add(label)
+        assert sum(len(of_score) == 2 for of_score in labels.values()) > 3
+    expected = trec(columns["score"], columns["label"], columns["query"])
+    expected["accuracy"] = metrics.accuracy_score(columns["label"], columns["prediction"])
+    expected["f1"] = metrics.f1_score(columns["label"], columns["prediction"])
+    assert expected.keys() == scores.keys() - {"loss"}
+    for name, value in expected.items():
+        assert scores[name] == pytest.approx(value, abs=1e-9), name
+    weights = [flags.get("label_weights", (1, 1))[label] for label in columns["label"]]
+    loss = metrics.log_loss(columns["label"], columns["score"], sample_weight=weights)
+    assert scores["loss"] == pytest.approx(loss, rel=1e-5)  # ours is a mean of float32
 
 
 def test_flags_of_the_command_line():

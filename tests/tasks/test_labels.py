@@ -51,6 +51,23 @@ def test_classes_of_the_training_data(values: list[Any], num_labels: int | None,
     assert [config["label2id"][config["id2label"][i]] for i in range(len(names))] == list(range(len(names)))
 
 
+def test_a_stream_is_read_no_further_than_it_must() -> None:
+    def then_nothing(*values: Any) -> Any:
+        yield from values
+        raise AssertionError("all was found")
+
+    assert learned(then_nothing("b", None, "b", "a"), 2, stream=True) == ["a", "b"]
+    assert learned(then_nothing(1, 0, 2), 3, stream=True) == [0, 1, 2]
+    assert learned(then_nothing(), names=["x", "y"], stream=True) == ["x", "y"]
+    assert learned(["a", "c", "b"], None, stream=True) == ["a", "b", "c"]
+    with pytest.raises(AssertionError, match="all was found"):
+        learned(then_nothing("a", "b"), 2)
+    with pytest.raises(InputError, match="num_labels=3, but label has 2 classes"):
+        learned(["a", "b"], 3, stream=True)
+    with pytest.raises(InputError, match="num_labels=3, but label has 2 classes"):
+        learned(then_nothing(), 3, names=["x", "y"], stream=True)
+
+
 @given(st.lists(st.one_of(st.integers(-20, 20), st.booleans(), st.text(max_size=3), st.none()), min_size=1))
 def test_every_label_has_its_class(values: list[Any]) -> None:
     if all(value is None for value in values):

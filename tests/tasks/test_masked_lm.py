@@ -263,7 +263,36 @@ def test_wikitext(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None
         "max_epochs": 3,
         "log_every_n_steps": 1,
     }
-    run(tmp_path, tiny_tokenizer, make_config("bert", len(tiny_tokenizer)), **flags)
+    results = run(tmp_path, tiny_tokenizer, make_config("bert", len(tiny_tokenizer)), **flags)
     table = [line.split(",") for line in (tmp_path / "runs" / "run" / "metrics.csv").read_text().splitlines()]
     losses = [float(row[table[0].index("train/loss")]) for row in table[1:] if row[table[0].index("train/loss")]]
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
+
+    # Scored again in float64, where logits are the same whatever the batches; and by transformers alone, text by text.
+    best = tmp_path / "pre_trained_models" / "run" / "best"
+    blocks = {name: flags[name] for name in ("packing", "across_documents", "max_sequence_length")}
+    scores = train(
+        **blocks, pipeline="masked_lm", name="again", output_dir=str(tmp_path), pre_trained_model=str(best),
+        valid_dataset=str(tmp_path / "data.jsonl"), precision="64",
+    )["valid"]  # fmt: skip
+    task, text = task_of(packing=True, across_documents=True), TextEncoder(tiny_tokenizer, 64)
+    features, prepare = features_of(task, text, [{"text": line} for line in lines]), Prepare([task], text, 1337)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(best, dtype=torch.float64).eval()
+    said, right = [], []
+    for i in range(len(features)):
+        batch = Collate([task], tiny_tokenizer)([prepare(features[i], -1)])
+        chosen = batch["masked_lm_labels"] != IGNORED
+        with torch.no_grad():
+            said.append(model(**batch["inputs"]).logits[chosen])
+        right.append(batch["masked_lm_labels"][chosen])
+    logits, labels = torch.cat(said), torch.cat(right)
+    assert len(labels) > 300
+    assert scores["masked_lm/accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item(), abs=1e-9)
+    # The loss of a token is a float32, the sum of them a float64: with each rounded like that it is the same to 1e-9,
+    rounded = -logits.float().log_softmax(-1).take_along_dim(labels[:, None], 1).double().mean().item()
+    assert scores["masked_lm/loss"] == pytest.approx(rounded, rel=1e-9)
+    assert scores["masked_lm/perplexity"] == pytest.approx(np.exp(rounded), rel=1e-9)
+    # without rounding to a bit of float32, and so is the score of the run itself, whose logits are float32 too.
+    exact = -logits.log_softmax(-1).take_along_dim(labels[:, None], 1).mean().item()
+    assert scores["masked_lm/loss"] == pytest.approx(exact, rel=2**-23)
+    assert results["valid"]["masked_lm/loss"] == pytest.approx(exact, rel=1e-6)

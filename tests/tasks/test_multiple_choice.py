@@ -124,6 +124,14 @@ def test_what_is_too_long_loses_its_article_then_the_beginning_of_the_question(m
             assert len(ids) <= length
 
 
+def test_what_is_cut_is_counted(make_tokenizer: Any) -> None:
+    text = TextEncoder(make_tokenizer("bert"), 16)
+    row = {"article": "the house " * 20, "question": "who is _ ?", "options": ["cat", "dog", "ball"], "answer": 0}
+    encode_rows([task_of()], [row, row | {"article": "the house"}], text, "data")
+    assert (text.cuts.inputs, text.cuts.cut) == (6, 3)
+    assert text.cuts.longest > 40
+
+
 def test_words_of_the_texts_of_an_example_are_different_words(make_tokenizer: Any) -> None:
     """So that masking whole words takes each by itself."""
     (example,) = encoded(make_tokenizer("bert"), [ROW])

@@ -148,6 +148,26 @@ def test_an_example_is_two_texts(tokenizers):
     assert embeddings[..., 0].tolist() == [[0.0, 1.0], [2.0, 3.0]]
 
 
+def test_each_text_has_its_own_longest_length(tokenizers, tmp_path):
+    rows = [{"q": "red " * 30, "a": "city " * 30}, {"q": "red", "a": "city"}]
+    for lengths, expected in (((5, 9), [5, 9]), ((7,), [7, 7]), (7, [7, 7])):
+        task = task_of(max_sequence_length=lengths)
+        text = TextEncoder(tokenizers["bert_like"], task.args.max_sequence_length[0])
+        features = encode_rows([task], rows, text, "data")
+        assert features[0]["parts"].tolist() == expected
+        assert features[1]["parts"].tolist() == [3, 3]
+    flags = flags_of(tmp_path, tokenizers["bert_like"], rows_of(3), max_sequence_length=(8, 101), max_steps=1)
+    with pytest.raises(InputError, match="--max_sequence_length=101, but the model takes 100 tokens"):
+        train(**flags)
+    assert "retrieval/loss" in train(**flags | {"max_sequence_length": (8, 32), "pad_to_max_length": True})["valid"]
+    with pytest.raises(InputError, match="takes one number or two with --pipeline retrieval; got 1 2 3"):
+        task_of(max_sequence_length=(1, 2, 3))
+    with pytest.raises(InputError, match=r"one number with --pipeline seq_class; got 8 16\. Two are for retrieval"):
+        make_train_args(pipeline="seq_class", max_sequence_length=(8, 16))
+    with pytest.raises(InputError, match="max_sequence_length must be at least 1; got 0"):
+        task_of(max_sequence_length=(8, 0))
+
+
 def test_masked_lm_beside_it(tokenizers):
     tasks = task_of("masked_lm+retrieval", probability=0.5)
     text = TextEncoder(tokenizers["bert_like"], 16)

@@ -377,8 +377,7 @@ def test_two_processes_write_what_one_writes(tokenizers: dict[str, Any], make_wr
     assert of_one == of_two
     train(**flags | {"name": "few", "limit_val_batches": 2, "valid_generation": True})
     few = lines(tmp_path / "predictions/few/valid.jsonl")
-    assert len(few) == 4
-    assert all(row in of_one for row in few)
+    assert [row["id"] for row in few] == [row["id"] for row in ROWS[:4]]  # drawn by batch, and these are others
 
 
 def test_bert_score_in_a_run(tokenizers: dict[str, Any], make_writer: Any, tmp_path: Path) -> None:

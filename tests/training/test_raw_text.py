@@ -79,8 +79,24 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def train_features(folder: Path, **more: Any) -> Features:
     args = make_train_args(**flags(folder, folder, **more))
     tasks = make_tasks(args.pipeline, args)
-    text = TextEncoder(load_tokenizer(args, tasks), args.max_sequence_length)
+    text = TextEncoder(load_tokenizer(args, tasks), args.max_sequence_length[0])
     return load_splits(args, tasks, text)[0]["train"].features
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"packing": True}, {"packing": True, "across_documents": True}, {"sentence_pairs": True}]
+)
+def test_weights_are_shares_of_blocks(blocks: dict[str, Any], folder: Path) -> None:
+    both = [str(folder / "corpus.txt"), str(folder / "held-out.txt")]
+    args = make_train_args(**flags(folder, folder, train_dataset=both, train_weights=(1.0, 3.0), **blocks))
+    tasks = make_tasks(args.pipeline, args)
+    splits, draw = load_splits(args, tasks, TextEncoder(load_tokenizer(args, tasks), args.max_sequence_length[0]))
+    rows = splits["train"].features.plain["row"]
+    assert len(rows) > 60  # of 40 and 10 documents
+    assert draw is not None
+    epoch = draw.epoch(args.seed, 0)
+    assert len(epoch) == len(rows)
+    assert abs((rows[epoch] >= 40).mean() - 0.75) < 1 / len(rows)
 
 
 # ---- kept tokens

@@ -10,22 +10,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 
 from funneltfm.cli.flags import FlagParser
+from funneltfm.cli.main import main as run_command
 from funneltfm.cli.train import main
+from funneltfm.data.features import Features
 from funneltfm.errors import InputError
 from funneltfm.training import train as train_module
 from funneltfm.training.config import flag_fields, other_names
 from funneltfm.training.outputs import Outputs
+from funneltfm.training.task_module import Split
 from funneltfm.training.train import predict, train
-from funneltfm.training.train_config import ELSEWHERE, TRAIN_GROUPS, make_train_args
+from funneltfm.training.train_config import ELSEWHERE, TRAIN_GROUPS, make_predict_args, make_train_args
 
 GOOD, BAD = ["good", "great", "fine", "lovely", "nice"], ["bad", "awful", "poor", "nasty", "ugly"]
 FILL = ["the", "film", "was", "a", "story", "about", "people", "and", "places", "in", "town", "with", "some", "music"]
@@ -351,6 +356,44 @@ def test_predict_gives_what_the_run_gave(data, tmp_path):
     assert set(row) == {"prediction", "scores"}
 
 
+def test_predict_takes_data_with_other_columns(data, tmp_path):
+    train(**flags(data, tmp_path, max_epochs=1, input_column="text"))
+    best = str(Outputs(tmp_path, "run").best)
+    source = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(
+        json.dumps({"head": row["text"][:9], "rest": row["text"][9:], "all": row["text"], "class": row["label"]}) + "\n"
+        for row in source
+    ))  # fmt: skip
+    expected = predict(pre_trained_model=best, predict_dataset=str(data / "test.jsonl"))
+    found = predict(
+        pre_trained_model=best, predict_dataset=str(other), input_columns=("all",), label_column="class",
+        limit_predict_batches=1, batch_size=7,
+    )  # fmt: skip
+    assert [row["label"] for row in found] == [row["label"] for row in source[:7]]
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in expected[:7]]
+    words = ["predict", "--pre_trained_model", best, "--predict_dataset", str(other), "--output_file"]
+    assert run_command([*words, str(tmp_path / "p.jsonl"), "--input_columns", "head:rest"]) == 0
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 40
+    for more, message in (
+        ({}, "expected a column 'text'"),
+        ({"question_column": "q"}, "--question_column is read by multiple_choice, not by seq_class"),
+        ({"limit_predict_batches": 0}, "limit_predict_batches must be more than 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict(pre_trained_model=best, predict_dataset=str(other), **more)
+
+
+def test_columns_of_a_mixture_in_prediction():
+    own = ("seq_class.label_column=topic", "token_class.label_column=tags", "seq_class.num_labels=3")
+    saved = {"pipeline": "seq_class+token_class", "input_column": "words", "task_flags": list(own)}
+    flags = {"pre_trained_model": "m", "predict_dataset": "x", "task_flags": ("seq_class.label_column=class",)}
+    args = make_predict_args(saved, flags)
+    assert set(args.task_flags) == {"seq_class.label_column=class", *own[1:]}
+    with pytest.raises(InputError, match=r"--label_column=y, but .*\(seq_class.label_column=topic\).*--task_flags"):
+        make_predict_args(saved, {"pre_trained_model": "m", "predict_dataset": "x", "label_column": "y"})
+
+
 def test_a_trained_model_is_tested_alone(data, tmp_path):
     first = train(**flags(data, tmp_path, max_epochs=1))
     best = str(Outputs(tmp_path, "run").best)
@@ -491,6 +534,31 @@ def test_a_stream_has_the_same_classes(data, tmp_path, kind):
         assert config.id2label == {0: "pos", 1: "neg", 2: "none"}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_filtered(data, tmp_path, monkeypatch, workers):
+    """Rows that are left out are nowhere: not in the batches, not in the classes."""
+    seen = []
+    step = train_module.TaskModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.extend(batch["inputs"]["input_ids"].tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(train_module.TaskModule, "training_step", training_step)
+    odd = "".join(json.dumps({"text": "music music", "label": "odd"}) + "\n" for _ in range(50))
+    (tmp_path / "train.jsonl").write_text(odd + (data / "train.jsonl").read_text() + odd)
+    more = {"train_dataset": [str(tmp_path / "train.jsonl")], "train_filter": ("label != odd", "text ~ t")}
+    more |= {"streaming": True, "streaming_buffer": 8, "max_steps": 30, "max_epochs": None, "num_workers": workers}
+    train(**flags(data, tmp_path / "out", **more))
+    config = transformers.AutoConfig.from_pretrained(Outputs(tmp_path / "out", "run").best)
+    assert config.id2label == {0: "neg", 1: "pos"}
+    assert len(seen) == 240
+    odd_ids = [WORDS.index(word) for word in ("music", "music", "[SEP]")]
+    assert not any(ids[1:4] == odd_ids for ids in seen)
+    with pytest.raises(InputError, match=r"expected a column of .* in the condition 'lable != odd'"):
+        train(**flags(data, tmp_path / "out", **more | {"train_filter": ("lable != odd",)}, overwrite=True))
+
+
 # ---- what it refuses
 
 
@@ -517,10 +585,12 @@ def test_a_stream_has_the_same_classes(data, tmp_path, kind):
         ({"streaming": True}, "--streaming needs --max_steps"),
         ({"train_filter": ("label == maybe",)}, "label == maybe"),
         ({"train_weights": (1.0, 2.0)}, "has 2 numbers, --train_dataset 1"),
+        ({"train_weights": (0.0,)}, "--train_weights must be more than 0; got 0.0"),
         ({"probability_masked": 0.5, "pipeline": "masked_lm"}, "must add to 1"),
         ({"name": "../x"}, "usable as a folder"),
         ({"accelerator": "gpu"}, "gpu"),
-        ({"limit_val_batches": 0.001}, "Lightning's trainer does not take these flags"),
+        ({"limit_val_batches": 1.5}, "limit_val_batches must be a number of batches, or a share; got 1.5"),
+        ({"limit_test_batches": -1}, "limit_test_batches must be a number of batches, or a share; got -1"),
         ({"limit_train_batches": 0}, "limit_train_batches must be more than 0"),
         ({"val_check_interval": 1000}, "an epoch has 15 batches"),
         ({"monitor": "train/loss"}, "valid/TASK/METRIC"),
@@ -583,6 +653,17 @@ def test_a_resumed_run_forgets_how_it_was_started(data, tmp_path):
     started = train(**flags(data, tmp_path, max_epochs=1, name="b", ckpt_path=str(out.checkpoints / "last.ckpt")))
     assert started["test"] == first["test"]
     assert "ckpt_path" not in Outputs(tmp_path, "b").config.read_text()
+
+
+def test_a_flag_that_takes_more_values_than_it_did_is_the_same(tmp_path):
+    outputs = Outputs(tmp_path, "run")
+    outputs.run.mkdir(parents=True)
+    outputs.config.write_text("pipeline: seq_class\nmax_sequence_length: 16\n")
+    given = {"pipeline": "seq_class", "name": "run", "output_dir": str(tmp_path), "resume": True}
+    args = train_module.with_run_flags(make_train_args(**given, max_sequence_length=16), outputs)
+    assert args.max_sequence_length == (16,)
+    with pytest.raises(InputError, match=r"started with --max_sequence_length=16, so it cannot go on with .*32"):
+        train_module.with_run_flags(make_train_args(**given, max_sequence_length=(32,)), outputs)
 
 
 def test_a_table_of_seeds_takes_no_runs_folder(data, tmp_path):
@@ -752,6 +833,76 @@ def test_the_trainers_flags(data, tmp_path, more):
         assert 0 <= results["valid"]["seq_class/accuracy"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("more", "n"),
+    [({"limit_test_batches": 2}, 16), ({"limit_test_batches": 0.3}, 12), ({"limit_test_batches": 0.001}, 1),
+     ({"limit_test_batches": 2, "eval_batch_size": 3}, 6), ({"limit_test_batches": 9}, 40)],
+)  # fmt: skip
+def test_a_limited_evaluation_is_of_the_first_of_the_data(data, tmp_path, more, n):
+    """Batches are sorted by length; the first of them are of the shortest texts."""
+    results = train(**flags(data, tmp_path, **more, max_steps=2, max_epochs=None, name="few"))
+    lines = (Outputs(tmp_path, "few").predictions / "test.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == list(range(n))
+    assert "seq_class/accuracy" in results["test"]
+
+
+def test_a_limited_evaluation_by_tokens(data, tmp_path):
+    """So many batches have so many examples on average."""
+    more = {"max_tokens": 64, "limit_test_batches": 4, "num_sanity_val_steps": 0}
+    train(**flags(data, tmp_path, **more, max_steps=2, max_epochs=None))
+    lines = (Outputs(tmp_path, "run").predictions / "test.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert ids == list(range(len(ids)))
+    assert 12 <= len(ids) <= 28
+
+
+def test_a_limited_evaluation_takes_whole_groups():
+    args = make_train_args(pipeline="retrieval", test_dataset="x", limit_test_batches=1)
+    features = Features.of([{"row": i, "input_ids": [1] * (9 - i)} for i in range(6)])
+    task = SimpleNamespace(groups=lambda features: np.array([0, 0, 1, 2, 1, 0]))
+    module: Any = SimpleNamespace(splits={"test": Split("test", [], features)}, scored=lambda: [task])
+    assert train_module._head(args, module, "test", 3).tolist() == [0, 1, 2, 4, 5]
+    task.groups = lambda features: None
+    assert train_module._head(args, module, "test", 3).tolist() == [0, 1, 2]
+
+
+def test_the_sanity_validation_sees_the_longest_texts(data, tmp_path, monkeypatch):
+    seen = []
+    step = train_module.TaskModule.validation_step
+
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.sanity_checking:
+            seen.append(batch["inputs"]["input_ids"].shape[1])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(train_module.TaskModule, "validation_step", validation_step)
+    train(**flags(data, tmp_path, max_steps=1, max_epochs=None))
+    texts = [json.loads(line)["text"] for line in (data / "valid.jsonl").read_text().splitlines()]
+    assert len(seen) == 2
+    assert seen[0] == max(len(text.split()) for text in texts) + 2
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_each_split_tells_once_what_is_cut(data, tmp_path, caplog, kept):
+    """Of kept data too, when they are read again."""
+    more = {"pipeline": "masked_lm", "tokenized_dir": str(tmp_path / "kept")} if kept else {"pipeline": "seq_class"}
+    more |= {"max_sequence_length": 8, "max_steps": 1, "max_epochs": None, "test_dataset": None}
+    for name in ("one", "two"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(**flags(data, tmp_path / "out", **more, name=name))
+        told = [message for message in caplog.messages if "longer than" in message]
+        lengths = {
+            split: [len(json.loads(line)["text"].split()) + 2 for line in (data / split).read_text().splitlines()]
+            for split in ("train.jsonl", "valid.jsonl")
+        }
+        assert told == [
+            f"{data / split}: {sum(n > 8 for n in of_split)} of {len(of_split)} inputs were longer than "
+            f"--max_sequence_length and are cut; the longest had {max(of_split)} tokens"
+            for split, of_split in lengths.items()
+        ]
+
+
 def test_the_mixture_of_datasets_keeps_its_shares(data, tmp_path, monkeypatch):
     seen = []
     step = train_module.TaskModule.training_step
@@ -766,6 +917,24 @@ def test_the_mixture_of_datasets_keeps_its_shares(data, tmp_path, monkeypatch):
     indices = [i for batch in seen for i in batch]
     assert len(indices) == 160
     assert sum(i < 120 for i in indices) == 80
+
+
+def test_the_configuration_is_for_those_of_several_sets_that_are_on_the_hub(data, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append(args)
+        return datasets.Dataset.from_list([{"text": "the good film", "label": "pos"}] * 3)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    more = {"train_config": "plain", "max_steps": 1, "max_epochs": None, "valid_dataset": None, "test_dataset": None}
+    train(**flags(data, tmp_path, **more, train_dataset=["owner/name/train", str(data / "train.jsonl")]))
+    assert calls == [("owner/name", "plain")]
+    more |= {"train_dataset": [str(data / "valid.jsonl"), str(data / "train.jsonl")], "overwrite": True}
+    with pytest.raises(InputError, match=r"a configuration \('plain'\) belongs to a set of the Hugging Face hub"):
+        train(**flags(data, tmp_path, **more))
 
 
 def command(data: Path, out: Path, **more: Any) -> list[str]:

@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> None:
         PREDICT_GROUPS,
         elsewhere=GENERATION_ELSEWHERE,
         prog="funneltfm predict",
-        description="Predict with a trained model.",
+        description="Predict with a trained model; columns have the names of its training data, or those of flags.",
     )
     flags, given = parser.parse(argv)
     if flags["output_file"] is None:

@@ -2,13 +2,14 @@
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from funneltfm.data.sources import Row, Rows, closest
+from funneltfm.data.sources import Numbered, Row, Rows, closest
 from funneltfm.data.textfiles import BadRow, is_number
 from funneltfm.errors import InputError, brief
 
@@ -97,12 +98,31 @@ def filtered(rows: Rows, conditions: Sequence[str]) -> Rows:
     smaller or greater. A value in quotes is text as it stands: `id == "007"`, `label != ""`, `name != "null"`.
     """
     for text in conditions:
-        condition = _Condition.read(text, rows)
-        indices = [i for i, row in enumerate(rows) if condition.holds(row, rows, i)]
+        condition = _Condition.read(text, rows.columns, rows.name)
+        indices = [i for i, row in enumerate(rows) if condition.holds(row, partial(rows.where, i))]
         if not indices:
             raise InputError(f"expected rows of {rows.name} with {text}, but there are none among {len(rows)}.")
         rows = rows.select(np.array(indices))
     return rows
+
+
+def passed(rows: Iterable[Numbered], conditions: Sequence[str], name: str) -> Iterator[Numbered]:
+    """The rows of a stream, each with its number, for which all conditions hold, as in `filtered`. name: the source.
+    The columns are those of the first row.
+    """
+    read: list[_Condition] = []
+    seen = kept = 0
+    for number, row in rows:
+        seen += 1
+        read = read or [_Condition.read(text, tuple(row), name) for text in conditions]
+        if all(condition.holds(row, partial("{}, line or row {}".format, name, number)) for condition in read):
+            kept += 1
+            yield number, row
+    if seen and not kept:
+        raise InputError(
+            f"expected rows of {name} with {', '.join(conditions)}, but there are none among {seen}. Of a stream each "
+            f"process and worker needs some: take fewer, or weaker conditions."
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,7 @@ class _Condition:
     value: int | float | str | re.Pattern[str] | None
 
     @classmethod
-    def read(cls, text: str, rows: Rows) -> "_Condition":
+    def read(cls, text: str, columns: Sequence[str], name: str) -> "_Condition":
         match = _CONDITION.fullmatch(text)
         if match is None:
             raise InputError(
@@ -123,10 +143,10 @@ class _Condition:
                 f'label != 2; the empty text is "".'
             )
         length, column, sign, written = bool(match["length"]), match["column"], match["sign"], match["value"]
-        if column not in rows.columns:
+        if column not in columns:
             raise InputError(
-                f"expected a column of {rows.name} in the condition {text!r}, got {column!r}."
-                f"{closest(column, rows.columns)} There are {brief(', '.join(rows.columns), 1000)}."
+                f"expected a column of {name} in the condition {text!r}, got {column!r}."
+                f"{closest(column, columns)} There are {brief(', '.join(columns), 1000)}."
             )
         value: int | float | str | re.Pattern[str] | None = None
         if quoted := re.fullmatch(r"(['\"])(.*)\1", written, re.DOTALL):
@@ -143,8 +163,8 @@ class _Condition:
             raise InputError(f"expected a number beside len({column}), got {text!r}.")
         return cls(text, length, column, sign, written, value)
 
-    def holds(self, row: Row, rows: Rows, i: int) -> bool:
-        """Whether row i, which is `row`, is as the condition says."""
+    def holds(self, row: Row, where: Callable[[], str]) -> bool:
+        """Whether the row is as the condition says. where: says where it stands, for messages."""
         cell = row.get(self.column)
         if cell is None or self.value is None:
             same = cell is None and self.value is None
@@ -153,7 +173,7 @@ class _Condition:
             return self._compare(cell)
         except BadRow as error:
             raise InputError(
-                f"{rows.where(i)}: {error} (condition {self.text}). Correct the row, or put a condition before this "
+                f"{where()}: {error} (condition {self.text}). Correct the row, or put a condition before this "
                 f"one that leaves such rows out."
             ) from None
 

@@ -231,12 +231,16 @@ def eval_loader(
     rank: int = 0,
     ranks: int = 1,
     prepare: Callable[[Example, int], Example] | None = None,
+    indices: np.ndarray | None = None,
     **kwargs: Any,
 ) -> DataLoader:
-    """Every example once, sorted by length, in batches that are the same whatever the number of processes; as
+    """Every example once, or those with these indices, sorted by length, the longest first (the sanity validation sees
+    what takes most memory), in batches that are the same whatever the number of processes; as
     `data.batching.eval_batches` deals them. `prepare` is called with the epoch -1.
     """
-    keys = [(indices, 1.0, -1) for indices in eval_batches(features.lengths, batch_size, rank, ranks)]
+    indices = np.arange(len(features)) if indices is None else indices
+    own = eval_batches(features.lengths[indices], batch_size, rank, ranks)
+    keys = [(indices[batch].tolist(), 1.0, -1) for batch in reversed(own)]
     return DataLoader(
         _Drawn(features, prepare),
         batch_size=None,

@@ -2,7 +2,7 @@
 
     FOLDER/NAME-KEY/    meta.json    FIELD.npy and, of lists, FIELD.offsets.npy
 
-meta.json holds the key in full, the arrays of the folder with a checksum of each, and the digest of all.
+meta.json holds the key in full, the arrays of the folder with a checksum of each, the digest of all, and a note.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from funneltfm.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise it when what is stored changes
+_FORMAT = 4  # raise it when what is stored changes
 _AT_ONCE = 4096  # examples that are turned into arrays together
 _HEADER = 128  # bytes before the numbers of an .npy file of one dimension
 
@@ -36,11 +36,18 @@ class Damaged(Exception):
     """A folder does not hold what was written into it, or something else."""
 
 
-def kept(folder: Path, name: str, key: dict[str, Any], make: Callable[[], Iterable[Example]]) -> Features:
+def kept(
+    folder: Path,
+    name: str,
+    key: dict[str, Any],
+    make: Callable[[], Iterable[Example]],
+    note: Callable[[], dict[str, Any]] = dict,
+) -> "Kept":
     """Features of what `make` gives; of a folder in `folder`, where an earlier call with the same key has left them.
 
-    key: JSON, everything that decides what `make` gives. Of several writers at once each makes its own, and the first
-    that ends puts its folder in place; all read that. What is damaged or foreign is made anew, with a warning.
+    key: JSON, everything that decides what `make` gives. note: JSON to keep beside them, asked for when all are made.
+    Of several writers at once each makes its own, and the first that ends puts its folder in place; all read that. What
+    is damaged or foreign is made anew, with a warning.
     """
     whole_key = json.loads(json.dumps({"format": _FORMAT, **key}))
     digest = hashlib.sha256(json.dumps(whole_key, sort_keys=True).encode()).hexdigest()[:16]
@@ -55,17 +62,17 @@ def kept(folder: Path, name: str, key: dict[str, Any], make: Callable[[], Iterab
         except Damaged as error:
             log.warning("%s is not what was written there (%s); it is made anew", path, error)
     start = time.perf_counter()
-    features = _made(path, whole_key, make())
+    features = _made(path, whole_key, make(), note)
     seconds = time.perf_counter() - start
     log.info("%s: %d examples, tokenised in %.0f s, are kept in %s", name, len(features), seconds, path)
     return features
 
 
-def _made(path: Path, key: dict[str, Any], examples: Iterable[Example]) -> Features:
+def _made(path: Path, key: dict[str, Any], examples: Iterable[Example], note: Callable[[], dict[str, Any]]) -> "Kept":
     new = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     new.mkdir(parents=True)
     try:
-        _write(new, key, examples)
+        _write(new, key, examples, note)
         while True:
             try:
                 os.rename(new, path)  # onto a folder that is not empty this fails
@@ -122,7 +129,7 @@ class _Array:
         return [self.dtype.str, self.size, self.crc]
 
 
-def _write(folder: Path, key: dict[str, Any], examples: Iterable[Example]) -> None:
+def _write(folder: Path, key: dict[str, Any], examples: Iterable[Example], note: Callable[[], dict[str, Any]]) -> None:
     arrays: dict[str, _Array] = {}
     size = 0
     with contextlib.ExitStack() as files:
@@ -144,7 +151,8 @@ def _write(folder: Path, key: dict[str, Any], examples: Iterable[Example]) -> No
                 append(name, values)
         checks = {name: array.finish() for name, array in arrays.items()}
     digest = joint_digest({name: array.sha.hexdigest() for name, array in arrays.items()})
-    write_json(folder / "meta.json", {"key": key, "size": size, "digest": digest, "arrays": checks})
+    meta = {"key": key, "size": size, "digest": digest, "arrays": checks, "note": note()}
+    write_json(folder / "meta.json", meta)
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -153,19 +161,19 @@ def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield group
 
 
-def _read(path: Path, key: dict[str, Any], check: bool = True) -> Features:
+def _read(path: Path, key: dict[str, Any], check: bool = True) -> "Kept":
     try:
         meta = read_json(path / "meta.json", "what is known of the arrays")
         if meta["key"] != key:
             raise Damaged("it was made of something else")
         arrays = {name: _mapped(path / f"{name}.npy", *wanted, check=check) for name, wanted in meta["arrays"].items()}
-        size, digest = int(meta["size"]), str(meta["digest"])
+        size, digest, note = int(meta["size"]), str(meta["digest"]), dict(meta["note"])
     except (InputError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Damaged(brief(f"{type(error).__name__}: {error}", 200)) from error
     lists = {name.removesuffix(OFFSETS) for name in arrays if name.endswith(OFFSETS)}
     ragged = {name: (arrays[name], arrays[name + OFFSETS]) for name in lists}
     plain = {name: array for name, array in arrays.items() if name.removesuffix(OFFSETS) not in lists}
-    return _Mapped(path, digest, ragged, plain, size)
+    return Kept(path, digest, ragged, plain, size, note)
 
 
 def _mapped(path: Path, dtype: str, size: int, crc: int, *, check: bool) -> np.ndarray:
@@ -177,8 +185,10 @@ def _mapped(path: Path, dtype: str, size: int, crc: int, *, check: bool) -> np.n
     return array
 
 
-class _Mapped(Features):
-    """To another process it goes as the name of its folder, not as all its numbers."""
+class Kept(Features):
+    """Examples on the disk, and what was noted beside them. To another process they go as the name of their folder, not
+    as all their numbers.
+    """
 
     def __init__(
         self,
@@ -187,9 +197,10 @@ class _Mapped(Features):
         ragged: dict[str, tuple[np.ndarray, np.ndarray]],
         plain: dict[str, np.ndarray],
         size: int,
+        note: dict[str, Any],
     ):
         super().__init__(ragged, plain, size)
-        self.path = path
+        self.path, self.note = path, note
         self._digest = digest
 
     def digest(self) -> str:

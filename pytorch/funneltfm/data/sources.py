@@ -1,6 +1,6 @@
 """Where rows come from: files, folders of the datasets library and the Hugging Face hub, as sequences of dicts.
 
-    source -> open_rows -> Rows -> filtered (data.columns), shard, concatenate or Mixture -> tasks
+    source -> open_rows -> Rows -> filtered (data.columns), shard, concatenate -> tasks (-> Mixture)
     source -> stream_rows -> rows one after another, for corpora that fit into no memory
 
 One long page, since each kind of source has its few lines here and nothing else. Text files are packed into one block
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # str, int, float, bool, None, and lists and dicts of them, as the source has them
 BadRows = Literal["error", "skip"]
+Numbered = tuple[int, Row]  # a row of a stream, and its number
 
 
 class Rows(Sequence[Row]):
@@ -257,6 +258,11 @@ def open_rows(source: str, config: str | None = None, bad_rows: BadRows = "error
     return rows
 
 
+def on_hub(source: str) -> bool:
+    """Whether a source is the name of a set on the Hugging Face hub. Raises InputError where it is nothing."""
+    return _local(source, None) is None
+
+
 def source_digest(source: str, config: str | None = None) -> str:
     """SHA-256 of a source's content: of its file, of all files of its folder; of a set on the hub, its fingerprint."""
     path = _local(source, config)
@@ -443,33 +449,28 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 class Mixture:
-    """Which rows of several sources an epoch has.
+    """Which examples of several sources an epoch has.
 
-    weights: a positive number for each source (None: its size, so that an epoch has every row once). An epoch has
-    `epoch_size` rows (default: as many as there are), of which each source has its share by weight, rounded by largest
-    remainders. A source's rows are taken in random order, over as many epochs as that lasts or several times in one,
-    and none comes again before all have come. `rows` is the concatenation.
+    parts: (N,) int, the number of each example's source, from 0. weights: a positive number for each source. names: of
+    the sources, for messages.
+
+    An epoch has N examples, of which each source has its share by weight, rounded by largest remainders. A source's
+    examples are taken in random order, over as many epochs as that lasts or several times in one, and none comes again
+    before all have come.
     """
 
-    def __init__(self, parts: Sequence[Rows], weights: Sequence[float] | None = None, epoch_size: int | None = None):
-        self.rows = concatenate(parts)
-        self.sizes = [len(rows) for rows in parts]
-        if weights is None:
-            weights = self.sizes
-        if len(weights) != len(parts) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            names = ", ".join(rows.name for rows in parts)
-            raise InputError(f"expected a weight above 0 for each of {names}, got {list(weights)}.")
-        self.epoch_size = len(self.rows) if epoch_size is None else epoch_size
-        if self.epoch_size < 1:
-            raise InputError(f"epoch_size must be a positive number of rows, got {epoch_size}.")
-        self.quotas = _largest_remainders(self.epoch_size, weights)
+    def __init__(self, parts: np.ndarray, weights: Sequence[float], names: Sequence[str]):
+        self.members = [np.flatnonzero(parts == part) for part in range(len(weights))]
+        for members, name in zip(self.members, names, strict=True):
+            if not len(members):
+                raise InputError(f"expected examples of {name} to draw from, but no row makes one. Leave it out.")
+        self.quotas = _largest_remainders(len(parts), weights)
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """(epoch_size,) int64 indices into `rows`, in random order: a function of (seed, epoch) alone."""
-        starts = np.cumsum([0, *self.sizes])
+        """(N,) int64 indices of examples, in random order: a function of (seed, epoch) alone."""
         taken = [
-            starts[part] + _passes(size, epoch * quota, quota, (seed, 1, part))
-            for part, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True))
+            members[_passes(len(members), epoch * quota, quota, (seed, 1, part))]
+            for part, (members, quota) in enumerate(zip(self.members, self.quotas, strict=True))
         ]
         return np.random.default_rng([seed, 2, epoch]).permutation(np.concatenate(taken))
 
@@ -494,13 +495,20 @@ def _passes(size: int, start: int, count: int, key: tuple[int, ...]) -> np.ndarr
 
 
 class Stream(Iterator[Row]):
-    """Rows one after another. classes: the names of the integers of columns that have them."""
+    """Rows one after another. rows: each with its number. classes: the names of the integers of columns that have them.
 
-    def __init__(self, rows: Iterator[Row], classes: Mapping[str, list[str]]):
+    number: of the row that came last, the line where a text file has it, elsewhere its place in the source; the same
+    whoever reads it, in whatever order.
+    """
+
+    number: int
+
+    def __init__(self, rows: Iterator[Numbered], classes: Mapping[str, list[str]]):
         self.rows, self.classes = rows, classes
 
     def __next__(self) -> Row:
-        return next(self.rows)
+        self.number, row = next(self.rows)
+        return row
 
     def class_names(self, column: str) -> list[str] | None:
         return self.classes.get(column)
@@ -528,6 +536,7 @@ def stream_rows(
     workers: int = 1,
     bad_rows: BadRows = "error",
     documents: bool = False,
+    keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None = None,
 ) -> Stream:
     """The rows of a source, one after another, in constant memory.
 
@@ -535,7 +544,7 @@ def stream_rows(
     each row once. Where the number of rows cannot be divided, some have one more. Each shuffles its own within
     `buffer` rows, as a function of (seed, epoch, which worker it is); 0 keeps the order of the source.
     taken: how many rows this worker has had before; it goes on with the next (reading the others again).
-    documents: as in `open_rows`.
+    documents: as in `open_rows`. keep: what leaves some of the rows out, before they are shuffled and counted.
     """
     if bad_rows not in ("error", "skip"):
         raise InputError(f'bad_rows must be "error" or "skip", got {bad_rows!r}')
@@ -548,11 +557,13 @@ def stream_rows(
     rows, classes = _stream(source, config, number, of, bad_rows, documents)
     if number == 0:  # the one worker that has a row if there is any
         rows = _some(rows, source)
+    if keep is not None:
+        rows = keep(rows)
     rows = _shuffled(rows, buffer, np.random.default_rng([seed, 3, epoch, number]))
     return Stream(islice(rows, taken, None), classes)
 
 
-def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
+def _some(rows: Iterator[Numbered], source: str) -> Iterator[Numbered]:
     for row in rows:
         yield row
         break
@@ -563,8 +574,8 @@ def _some(rows: Iterator[Row], source: str) -> Iterator[Row]:
 
 def _stream(
     source: str, config: str | None, first: int, step: int, bad_rows: BadRows, documents: bool
-) -> tuple[Iterator[Row], dict[str, list[str]]]:
-    """Every step-th row from the first on, in the order of the source, and the names of classes."""
+) -> tuple[Iterator[Numbered], dict[str, list[str]]]:
+    """Every step-th row from the first on, in the order of the source, with their numbers, and the names of classes."""
     path = _local(source, config)
     if path is None:
         data = _from_hub(source, config, streaming=True)
@@ -572,7 +583,7 @@ def _stream(
     if path.is_dir() or _suffix(path) == ".json":
         rows = open_rows(source, bad_rows=bad_rows)
         named = {column: names for column in rows.columns if (names := rows.class_names(column))}
-        return (rows[i] for i in range(first, len(rows), step)), named
+        return ((i, rows[i]) for i in range(first, len(rows), step)), named
     if _suffix(path) == ".parquet":
         datasets = datasets_library(path)
         with readable(path, OSError, datasets.exceptions.DatasetsError):
@@ -580,31 +591,34 @@ def _stream(
 
             named = _classes(datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path)))
         return _stream_parquet(path, first, step), named
-    return (row for _, row, _ in _checked(path, "line", _records(path, first, step, documents), bad_rows)), {}
+    records = _records(path, first, step, documents)
+    return ((line, row) for line, row, _ in _checked(path, "line", records, bad_rows)), {}
 
 
-def _stream_batches(data: Any, first: int, step: int) -> Iterator[Row]:
+def _stream_batches(data: Any, first: int, step: int) -> Iterator[Numbered]:
     """Of an IterableDataset. Its own iterator would, in a worker of torch's loader, deal out its files once more."""
     rows = (
         dict(zip(batch, values, strict=True))
         for batch in data.iter(batch_size=256)
         for values in zip(*batch.values(), strict=True)
     )
-    return islice(rows, first, None, step)
+    return islice(enumerate(rows), first, None, step)
 
 
-def _stream_parquet(path: Path, first: int, step: int) -> Iterator[Row]:
+def _stream_parquet(path: Path, first: int, step: int) -> Iterator[Numbered]:
     datasets = datasets_library(path)
     with readable(path, OSError, datasets.exceptions.DatasetsError):
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as file:
+            start = 0
             for batch in file.iter_batches(batch_size=1024):
-                yield from batch.take(list(range(first, len(batch), step))).to_pylist()
-                first = (first - len(batch)) % step if first < len(batch) else first - len(batch)
+                chosen = list(range((first - start) % step, len(batch), step))
+                yield from zip((start + i for i in chosen), batch.take(chosen).to_pylist(), strict=True)
+                start += len(batch)
 
 
-def _shuffled(rows: Iterator[Row], buffer: int, rng: np.random.Generator) -> Iterator[Row]:
+def _shuffled(rows: Iterator[Numbered], buffer: int, rng: np.random.Generator) -> Iterator[Numbered]:
     held = list(islice(rows, buffer))
     for row in rows:
         if held:

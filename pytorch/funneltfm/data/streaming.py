@@ -8,12 +8,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from funneltfm.data.features import Batch, Example, Features, step_sizes, steps
-from funneltfm.data.sources import BadRows, Group, Row, Stream, stream_rows
+from funneltfm.data.sources import BadRows, Group, Numbered, Row, Stream, stream_rows
 from funneltfm.errors import InputError
 
 # How far one worker is: passes over the data, rows of this one that are used up, and examples of the group after them.
 Position = tuple[int, int, int]
 _GROUP = 256  # documents that are made into blocks together
+_OF_A_ROW = 2**24  # more examples than a row makes
 
 
 class _Stream(IterableDataset):
@@ -36,10 +37,11 @@ class _Stream(IterableDataset):
         workers: int,
         bad_rows: BadRows,
         documents: bool,
+        keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None,
     ):
         self.source, self.config, self.encode, self.prepare = source, config, encode, prepare
         self.batch_size, self.seed, self.buffer, self.bad_rows = batch_size, seed, buffer, bad_rows
-        self.rank, self.ranks, self.workers = rank, ranks, workers
+        self.rank, self.ranks, self.workers, self.keep = rank, ranks, workers, keep
         self.documents, self.group = documents, max(_GROUP, batch_size) if documents else batch_size
         self.positions: list[Position] = [(0, 0, 0)] * workers
         self.first = 0  # the worker whose turn it is
@@ -50,17 +52,18 @@ class _Stream(IterableDataset):
         epoch, taken, used = self.positions[worker]
         batch: list[Example] = []
         some_in = epoch  # the last pass that had an example
-        for rows, after in self._groups(epoch, taken, worker):
-            features, first = self.encode(rows), self._first(after, worker)
+        for rows, places, after in self._groups(epoch, taken, worker):
+            features = self.encode(rows)
             some_in = after[0] if len(features) else some_in
             if after[0] > some_in + 1:
                 raise InputError(f"{self.source}: no row makes an example.")
             order = np.arange(len(features))
             if self.documents or len(features) != len(rows):
-                order = np.random.default_rng([self.seed, 4, after[0], first]).permutation(order)
+                number = worker * self.ranks + self.rank
+                order = np.random.default_rng([self.seed, 4, *after, number]).permutation(order)
             while used < len(features):
                 new = order[used : used + self.batch_size - len(batch)]
-                batch += [self.prepare(features[int(i)] | {"index": first + int(i)}, after[0]) for i in new]
+                batch += [self._prepared(features, int(i), places) for i in new]
                 used += len(new)
                 if len(batch) == self.batch_size:
                     # A group that is used up need not be encoded again to go on.
@@ -68,30 +71,37 @@ class _Stream(IterableDataset):
                     batch = []
             (epoch, taken), used = after, 0
 
-    def _first(self, after: tuple[int, int], worker: int) -> int:
-        """The index of a group's first example: it says where it was in the stream; no other of the pass has it."""
-        return ((after[1] * self.workers + worker) * self.ranks + self.rank) * 2**24
+    def _prepared(self, features: Features, i: int, places: list[tuple[int, int]]) -> Example:
+        """Example i of a group. Its index says which row of the source it is of, and which of that row's examples."""
+        of_rows = features.plain["row"]
+        epoch, number = places[of_rows[i]]
+        index = number * _OF_A_ROW + i - int(np.searchsorted(of_rows, of_rows[i]))
+        return self.prepare(features[i] | {"index": index}, epoch)
 
-    def _groups(self, epoch: int, taken: int, worker: int) -> Iterator[tuple[list[Row], tuple[int, int]]]:
-        """Rows, and pass and row after them."""
+    def _groups(
+        self, epoch: int, taken: int, worker: int
+    ) -> Iterator[tuple[list[Row], list[tuple[int, int]], tuple[int, int]]]:
+        """Rows, of each the pass and its number in the source, and pass and row after them."""
         rows: list[Row] = []
+        places: list[tuple[int, int]] = []
         while True:
             before = taken
             stream = self._pass(epoch, taken, worker)
             for row in stream:
                 rows.append(row)
+                places.append((epoch, stream.number))
                 taken += 1
                 if len(rows) == self.group:
-                    yield Group(rows, stream), (epoch, taken)
-                    rows = []
+                    yield Group(rows, stream), places, (epoch, taken)
+                    rows, places = [], []
             if taken == before == 0:
                 raise InputError(
                     f"{self.source} has too few rows for {self.ranks} processes with {self.workers} workers: one gets "
                     f"none. Use fewer."
                 )
             if rows and self.documents:  # no block is made of two passes
-                yield Group(rows, stream), (epoch + 1, 0)
-                rows = []
+                yield Group(rows, stream), places, (epoch + 1, 0)
+                rows, places = [], []
             epoch, taken = epoch + 1, 0
 
     def _pass(self, epoch: int, taken: int, worker: int) -> Stream:
@@ -108,6 +118,7 @@ class _Stream(IterableDataset):
             workers=self.workers,
             bad_rows=self.bad_rows,
             documents=self.documents,
+            keep=self.keep,
         )
 
 
@@ -115,9 +126,11 @@ class StreamLoader(DataLoader):
     """Batches of `batch_size` examples of a source, in an order that depends on (seed, pass, number of processes and
     workers) alone. A batch has "weight": 1, and "step_sizes" as TrainLoader's have.
 
-    encode: rows to features. prepare: as in TrainLoader; called with the pass. make: examples to a batch. length: how
-    many batches the run will take. accumulate: how many make a step. buffer: rows from which the next one is drawn.
-    documents: rows are documents, as `open_rows` says, each of many examples.
+    encode: rows to features, which have "row" (the row's place among these) in ascending order. prepare: as in
+    TrainLoader; called with the pass. An example's "index" depends on its row's place in the source alone, not on who
+    reads it, or when. make: examples to a batch. length: how many batches the run will take. accumulate: how many make
+    a step. buffer: rows from which the next one is drawn. documents: rows are documents, as `open_rows` says, each of
+    many examples. keep: as in `stream_rows`.
     """
 
     def __init__(
@@ -138,11 +151,12 @@ class StreamLoader(DataLoader):
         num_workers: int = 0,
         bad_rows: BadRows = "error",
         documents: bool = False,
+        keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None = None,
         **kwargs: Any,
     ):
         workers = max(1, num_workers)
         stream = _Stream(
-            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents
+            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents, keep,
         )  # fmt: skip
         super().__init__(
             stream,
@@ -192,10 +206,10 @@ class _Made:
 
 
 class RowNumbers(Sequence[str]):
-    """Names of a stream's examples, which are too many to keep: their index."""
+    """Names of a stream's examples, which are too many to keep: the numbers of their rows."""
 
     def __getitem__(self, i: Any) -> Any:
-        return str(i)
+        return str(int(i) // _OF_A_ROW)
 
     def __len__(self) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from funneltfm.errors import InputError, brief
+
+log = logging.getLogger(__name__)
 
 Text = str | list[str]  # a text, or its words
 NO_WORD = -1  # the word id of a special token
@@ -54,18 +57,44 @@ class Layout:
         return len(self.prefix) + len(self.between) * (n_texts - 1) + len(self.suffix)
 
 
+@dataclass
+class Cuts:
+    """The inputs that a `TextEncoder` has joined."""
+
+    inputs: int = 0
+    cut: int = 0
+    """Those that did not fit."""
+    longest: int = 0
+    """Tokens of the longest before it was cut, special ones included."""
+
+    def count(self, length: int, most: int) -> None:
+        self.inputs += 1
+        self.cut += length > most
+        self.longest = max(self.longest, length)
+
+    def tell(self, where: str) -> None:
+        """Log, if any was cut, what was; and count from 0 again."""
+        if self.cut:
+            log.info(
+                "%s: %d of %d inputs were longer than --max_sequence_length and are cut; the longest had %d tokens",
+                *(where, self.cut, self.inputs, self.longest),
+            )
+        self.inputs = self.cut = self.longest = 0
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Rows of texts to ids.
 
     tokenizer: a fast tokenizer of `transformers`. max_length: longest row in tokens, special ones included; longer
-    rows lose tokens at the end of their longest text first. token_types: the type of each text, in place of the
-    tokenizer's own.
+    rows lose tokens at the end of their longest text first, which `cuts` counts. token_types: the type of each text, in
+    place of the tokenizer's own.
     """
 
     tokenizer: Any
     max_length: int = 128
     token_types: tuple[int, ...] | None = field(default=None, kw_only=True)
+    cuts: Cuts = field(default_factory=Cuts, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -217,9 +246,13 @@ class TextEncoder:
             )
         return room
 
-    def join(self, parts: Sequence[Pieces], first: int = 0) -> dict[str, Any]:
-        """One example of the pieces of a row's texts. first: the number of the first one, for its token type."""
-        lengths = fit_lengths([len(part.ids) for part in parts], self.room(len(parts)))
+    def join(self, parts: Sequence[Pieces], first: int = 0, whole: int | None = None) -> dict[str, Any]:
+        """One example of the pieces of a row's texts. first: the number of the first one, for its token type. whole:
+        how many pieces there were, where some are cut off already.
+        """
+        room, n_pieces = self.room(len(parts)), [len(part.ids) for part in parts]
+        self.cuts.count(self.max_length - room + (sum(n_pieces) if whole is None else whole), self.max_length)
+        lengths = fit_lengths(n_pieces, room)
         words: list[list[int]] = []
         first_word = 0
         for part, length in zip(parts, lengths, strict=True):

@@ -301,7 +301,7 @@ def _changes(then: Any, now: dict[str, Any]) -> list[str]:
     if not isinstance(then, dict) or not all(isinstance(then.get(key), dict) for key in ("flags", "models")):
         return ["its record cannot be read"]
     old, new = then["flags"], now["flags"]
-    keys = [key for key in sorted({*old, *new} - _FREE) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted({*old, *new} - _FREE) if new.get(key) not in (old.get(key), [old.get(key)])]
     changes = [f"{key} was {old.get(key, 'not given')}, is {new.get(key, 'not given')}" for key in keys]
     models = [path for path in now["models"] if path in then["models"] and now["models"][path] != then["models"][path]]
     return changes + [f"{path} is another model than it was" for path in models]

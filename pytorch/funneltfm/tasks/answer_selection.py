@@ -195,6 +195,9 @@ class AnswerSelection(Task):
 
     # ---- scores
 
+    def groups(self, features: Features) -> np.ndarray | None:
+        return features.plain["query"]
+
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         labels = batch["answer_selection_labels"].flatten()
         known = labels != IGNORED

@@ -8,6 +8,7 @@ import copy
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from funneltfm.data.columns import texts_of
 from funneltfm.data.features import Batch, Example, Features, pad
 from funneltfm.data.sources import place
-from funneltfm.data.text import Text, TextEncoder
+from funneltfm.data.text import Cuts, Text, TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.flags import TASKS, own_flags
 from funneltfm.tasks.heads import replayed, save_pretrained
@@ -165,6 +166,12 @@ class Task:
 
     # ---- scores
 
+    def groups(self, features: Features) -> np.ndarray | None:
+        """(N,) int: equal for examples that are scored together, of which an evaluation that is limited takes all or
+        none; None: each alone.
+        """
+        return None
+
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         """Scores of a training batch, now and then, for the log."""
         return {}
@@ -263,7 +270,7 @@ def encode_rows(
     leads = [task for task in tasks if not task.corrupts] or list(tasks)
     examples = leads[0].encode(rows, text, where)
     for task in leads[1:]:
-        more = task.encode(rows, text, where)
+        more = task.encode(rows, replace(text, cuts=Cuts()), where)  # the same texts, counted once
         same = len(more) == len(examples) and all(
             np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(examples, more, strict=True)
         )

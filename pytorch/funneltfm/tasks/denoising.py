@@ -24,6 +24,7 @@ class Denoising(Seq2Seq, Corrupting):
 
     def __init__(self, args: Any):
         super().__init__(args)
+        self.max_length = args.max_sequence_length[0]
         self.infilling_share = args.probability if "probability" in args.given else 0.3
         if args.probability == 1 and args.denoising_objective != "infilling":
             raise InputError("--probability is 1, but span corruption must leave something of every text.")
@@ -32,9 +33,9 @@ class Denoising(Seq2Seq, Corrupting):
     def longest_target(self) -> int:
         """Of infilling the whole text; of span corruption what is noise, with sentinels and the end."""
         args = self.args
-        most = args.max_number_of_spans or args.max_sequence_length
-        n = unspanned_length(args.max_sequence_length, args.probability, args.mean_span_length, most)
-        return max(args.max_sequence_length, sum(n_noise(n, args.probability, args.mean_span_length, most)) + 2)
+        most = args.max_number_of_spans or self.max_length
+        n = unspanned_length(self.max_length, args.probability, args.mean_span_length, most)
+        return max(self.max_length, sum(n_noise(n, args.probability, args.mean_span_length, most)) + 2)
 
     def spans(self, text: TextEncoder) -> bool:
         """Whether it is span corruption."""
@@ -95,7 +96,7 @@ class Denoising(Seq2Seq, Corrupting):
             self.infilling_share,
             self.args.mean_span_length,
             mask_id=text.tokenizer.mask_token_id,
-            longest=self.args.max_sequence_length,
+            longest=self.max_length,
             max_spans=self.args.max_number_of_spans,
             whole_words=self.args.whole_word_denoising,
         )

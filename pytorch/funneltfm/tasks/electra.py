@@ -91,7 +91,7 @@ class Electra(Detection):
                 )
             trained = trained or str(own)
         config = self._config(model.config, trained)
-        for name, least in (("vocab_size", None), ("max_position_embeddings", args.max_sequence_length)):
+        for name, least in (("vocab_size", None), ("max_position_embeddings", max(args.max_sequence_length))):
             value, wanted = getattr(config, name, None), least or getattr(model.config, name)
             if value is not None and (value < wanted or (least is None and value != wanted)):
                 raise InputError(

@@ -69,15 +69,22 @@ class Labels:
         self.names = list(names)
         self._index = {_key(name): i for i, name in enumerate(self.names)}
 
-    def learn(self, values: Iterable[Any], column: str, names: Sequence[str] | None = None) -> None:
+    def learn(
+        self, values: Iterable[Any], column: str, names: Sequence[str] | None = None, stream: bool = False
+    ) -> None:
         """Take the classes from the labels of the training data: numbers in their order, text in that of the
-        alphabet; None is no label. names: all classes, where the source knows them.
+        alphabet; None is no label. names: all classes, where the source knows them. stream: the values come from
+        one, which is read no further than names and num_labels leave something to find; what is none of the classes is
+        met in training.
         """
         seen: dict[Any, Any] = {}
-        for value in values:
+        told = stream and names is not None
+        for value in () if told else values:
             if value is not None:
                 seen.setdefault(_key(value), _plain(value))
-        if not seen:
+            if stream and len(seen) == self.num_labels:
+                break
+        if not seen and not told:
             raise InputError(
                 f"the training data has no labels in {column}. Name their column with --label_column, in a mixture "
                 f"with --task_flags TASK.label_column=NAME."

@@ -210,10 +210,11 @@ def _answer(value: Any, options: Sequence[str], where: str) -> int | None:
 def _pair(first: Pieces, second: Pieces, text: TextEncoder) -> Example:
     """A text of two, cut to fit: the end of the first, and where that is not enough the beginning of the second."""
     room = text.max_length - text.layout.n_special(2)
-    if len(first.ids) + len(second.ids) > room > 1:
+    whole = len(first.ids) + len(second.ids)
+    if whole > room > 1:
         keep = min(len(second.ids), room - min(1, len(first.ids)))
         second, first = second[len(second.ids) - keep :], first[: room - keep]
-    return text.join([first, second])
+    return text.join([first, second], whole=whole)
 
 
 def _together(texts: Sequence[Example]) -> Example:

@@ -50,9 +50,8 @@ class QuestionAnswering(Task):
     A question with a text that is too long becomes several examples, one for each window of the text; a window
     without a whole answer has the label "no answer", which is the place of [CLS]. Of several right answers (or
     places), the first that a window holds is its label. Exact match and F1 are between 0 and 1, and those of
-    questions all of whose windows were evaluated: limit_val_batches and their like may leave some out, and where they
-    leave no question whole there is no exact match and no F1. The accuracies of start and end, and the loss, are over
-    windows.
+    questions all of whose windows were evaluated: the sanity validation may leave some out, and where it leaves no
+    question whole there is no exact match and no F1. The accuracies of start and end, and the loss, are over windows.
     """
 
     name = "question_answering"
@@ -202,6 +201,10 @@ class QuestionAnswering(Task):
         return sum(sides, torch.zeros((), device=logits.device)) / 2
 
     # ---- scores
+
+    def groups(self, features: Features) -> np.ndarray | None:
+        """By question, whose windows follow one another."""
+        return np.cumsum(features.plain["window"] == 0)
 
     def train_scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         return {name: right.float().mean().item() for name, right in _right(logits, batch).items()}

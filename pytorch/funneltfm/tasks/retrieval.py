@@ -1,6 +1,7 @@
 """`retrieval`: two texts are embedded apart by one encoder, and compared."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -148,10 +149,11 @@ class Retrieval(Task):
                 raise InputError(f"{place(rows, i, where)}: retrieval compares two texts; got {len(pair)}.")
         labels = right_labels(rows, self.label_column, where)
         queries = query_numbers(rows, [a for a, _ in texts], self.args.index_column, where)
-        encoded = text.encode([[one] for pair in texts for one in pair])
+        lengths = self.args.max_sequence_length
+        of_second = replace(text, max_length=lengths[1]) if len(lengths) > 1 else text
+        both = text.encode([[a] for a, _ in texts]), of_second.encode([[b] for _, b in texts])
         examples = []
-        for i in range(len(rows)):
-            a, b = encoded[2 * i : 2 * i + 2]
+        for i, (a, b) in enumerate(zip(*both, strict=True)):
             example: Example = {name: a[name] + b[name] for name in a}
             example["parts"] = [len(a["input_ids"]), len(b["input_ids"])]
             examples.append(example | {"row": i, "query": int(queries[i])})
@@ -211,6 +213,9 @@ class Retrieval(Task):
         return PAIR_LOSSES[self.args.loss_fn](F.cosine_similarity(a, b, dim=-1), labels, self.args.margin)
 
     # ---- scores
+
+    def groups(self, features: Features) -> np.ndarray | None:
+        return features.plain["query"]
 
     def record(self, logits: Tensor, batch: Batch) -> list[Record]:
         a, b = logits.double().unbind(dim=1)

@@ -46,7 +46,8 @@ class SeqClass(Task):
     def learn(self, rows: Iterable[Row]) -> None:
         if not self.args.regression:
             column = self.label_column
-            self.labels.learn(labels_of(rows, column), column, class_names(rows, column))
+            stream = not isinstance(rows, Sequence)
+            self.labels.learn(labels_of(rows, column), column, class_names(rows, column), stream)
             self.labels.check_weights(self.args.label_weights)
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from funneltfm import metrics
 from funneltfm.data.features import Batch, Example, Features
 from funneltfm.data.sources import place
-from funneltfm.data.text import NO_WORD, Text, TextEncoder
+from funneltfm.data.text import NO_WORD, Cuts, Text, TextEncoder
 from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import IGNORED, Record, Row, Task, own_id
 from funneltfm.tasks.labels import Labels, all_or_none, class_names, cross_entropy, labels_of, mean
@@ -55,7 +56,8 @@ class TokenClass(Task):
     def learn(self, rows: Iterable[Row]) -> None:
         column = self.label_column
         labels = (labels if isinstance(labels, list) else [labels] for labels in labels_of(rows, column))
-        self.labels.learn(chain.from_iterable(labels), column, class_names(rows, column))
+        stream = not isinstance(rows, Sequence)
+        self.labels.learn(chain.from_iterable(labels), column, class_names(rows, column), stream)
         self.labels.check_weights(self.args.label_weights)
         self.scheme = label_scheme([str(name) for name in self.labels.names], self.args.label_scheme)
 
@@ -75,7 +77,7 @@ class TokenClass(Task):
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
         texts = self.texts(rows, where)
-        examples: list[Example] = text.encode(texts)
+        examples: list[Example] = replace(text, cuts=Cuts()).encode(texts)  # what is cut is told below, in words
         labels = list(labels_of(rows, self.label_column))
         labelled = all_or_none(labels, rows, self.label_column, where)
         n_words = lost = 0

@@ -319,13 +319,17 @@ def choices(kind: Any) -> tuple[Any, ...] | None:
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
-    """`value` if it is of the flag's type; whole numbers are taken for numbers, lists for tuples."""
+    """`value` if it is of the flag's type; whole numbers are taken for numbers, lists for tuples, a number for a
+    tuple of one.
+    """
     kinds = get_args(kind) or (kind,)
     if type(None) in kinds and len(kinds) == 2 and get_origin(kinds[0]) is Literal:  # a choice, or none
         return None if value is None else _checked(name, kinds[0], value)
     if (item := item_type(kind)) is not None:
         if value is None and type(None) in kinds:
             return None
+        if isinstance(value, int | float) and item is not str:
+            value = (value,)
         if not isinstance(value, list | tuple) or not value:
             raise InputError(f"{name} must be a list of values; got {value!r}.")
         return tuple(_checked(name, item, v) for v in value)

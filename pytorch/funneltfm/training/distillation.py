@@ -99,9 +99,9 @@ def _load(source: str, args: Any, tasks: Sequence[Task], text: TextEncoder) -> H
             raise InputError(
                 f"the teacher {source} is not trained for {task.name}: it lacks {brief(', '.join(missing))}."
             )
-        if 0 < (limit := n_positions(config)) < args.max_sequence_length:
+        if 0 < (limit := n_positions(config)) < max(args.max_sequence_length):
             raise InputError(
-                f"--max_sequence_length={args.max_sequence_length}, but the teacher {source} takes {limit} tokens."
+                f"--max_sequence_length={max(args.max_sequence_length)}, but the teacher {source} takes {limit} tokens."
             )
         models[task.name] = model
     heads = Heads(models).eval().requires_grad_(False)

@@ -94,11 +94,11 @@ def _adjusted(config: Any, args: Args, tokenizer: Any) -> Any:
             f"the tokenizer has {len(tokenizer)} pieces, the model {config.vocab_size}: they do not belong together."
         )
     limit = n_positions(config)
-    n_texts = args.k + 1 if args.separated else 1
-    if 0 < limit < args.max_sequence_length * n_texts:
+    n_texts, longest = args.k + 1 if args.separated else 1, max(args.max_sequence_length)
+    if 0 < limit < longest * n_texts:
         times = f" for each of {n_texts} texts" if n_texts > 1 else ""
         raise InputError(
-            f"--max_sequence_length={args.max_sequence_length}{times}, but the model takes {limit} tokens. Lower it, "
+            f"--max_sequence_length={longest}{times}, but the model takes {limit} tokens. Lower it, "
             f"or from scratch give --additional_config_kwargs max_position_embeddings=N."
         )
     return config

@@ -194,7 +194,7 @@ class TaskModule(ExactResume):
             ranks.fail(
                 InputError(
                     f"{self.monitor} selects the best model, but the validation has not measured it; it has "
-                    f"{', '.join(measured) or 'no labels'}. Give another --monitor, or raise --limit_val_batches."
+                    f"{', '.join(measured) or 'no labels'}. Give another --monitor."
                 )
             )
 

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +26,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from funneltfm.data.batching import StepSampler, TokenBudget, data_digest
-from funneltfm.data.columns import filtered
+from funneltfm.data.batching import StepSampler, TokenBudget, data_digest, eval_batches
+from funneltfm.data.columns import filtered, passed
 from funneltfm.data.features import Example, Features, TrainLoader, eval_loader
 from funneltfm.data.kept import kept
 from funneltfm.data.sources import (
@@ -34,13 +35,14 @@ from funneltfm.data.sources import (
     Mixture,
     Rows,
     concatenate,
+    on_hub,
     open_rows,
     shard,
     source_digest,
     stream_rows,
 )
 from funneltfm.data.streaming import RowNumbers, StreamLoader
-from funneltfm.data.text import TextEncoder
+from funneltfm.data.text import Cuts, TextEncoder
 from funneltfm.errors import InputError, Stopped, brief
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
@@ -226,7 +228,8 @@ def with_run_flags(args: Args, outputs: Outputs) -> Args:
     given, defaults = given_flags(args), flag_fields(TRAIN_GROUPS)
     for key in sorted(args.given - _FREE_ON_RESUME):
         started = saved.get(key, defaults[key].default)
-        if given[key] != (list(started) if isinstance(started, tuple) else started):
+        started = list(started) if isinstance(started, tuple) else started
+        if given[key] not in (started, [started]):
             raise InputError(
                 f"the run {outputs.name} was started with --{key}={started}, so it cannot go on with "
                 f"--{key}={given[key]}. Leave the flag out, or start another run."
@@ -328,7 +331,7 @@ def _tasks(args: Args) -> tuple[list[Task], TextEncoder]:
             elif task in learners:
                 raise InputError(f"{args.pre_trained_model} was trained for {', '.join(known)}, not for {task.name}.")
     tokenizer = ranks.main_first(lambda: load_tokenizer(args, tasks))
-    return tasks, TextEncoder(tokenizer, args.max_sequence_length, token_types=args.extended_token_type_ids)
+    return tasks, TextEncoder(tokenizer, args.max_sequence_length[0], token_types=args.extended_token_type_ids)
 
 
 def _hyperparameters(folder: str | None) -> dict[str, Any]:
@@ -380,26 +383,25 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
     splits: dict[str, Split] = {}
     mixture = None
     if args.streaming:
-        blocks = args.packing or args.sentence_pairs
         for task in tasks:
             if not task.corrupts:
-                source = args.train_dataset[0]
-                task.learn(stream_rows(source, args.train_config, buffer=0, bad_rows=args.bad_rows, documents=blocks))
+                task.learn(stream_rows(args.train_dataset[0], buffer=0, **_of_stream(args)))
     elif args.train_dataset is not None and args.tokenized_dir is not None:
         splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
         parts = [_rows(args, "train", source) for source in args.train_dataset]
-        rows = parts[0] if len(parts) == 1 else concatenate(parts)
-        if args.train_weights is not None:
-            mixture = Mixture(parts, args.train_weights)
+        rows = concatenate(parts)
         for task in tasks:
             task.learn(rows)
         splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
+        text.cuts.tell(rows.name)
         for task in tasks:
             if not task.corrupts and not splits["train"].labelled(task):
                 raise InputError(f"{rows.name} has no labels for {task.name}; training needs them. Name their column.")
-        if mixture is not None and len(splits["train"].features) != len(rows):
-            raise InputError("--train_weights is for pipelines that make one example of each row.")
+        if args.train_weights is not None:
+            part_of_row = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+            of_examples = part_of_row[splits["train"].features.plain["row"]]
+            mixture = Mixture(of_examples, args.train_weights, [part.name for part in parts])
     for stage in ("valid", "test", "predict"):
         source = getattr(args, f"{stage}_dataset")
         if source is not None and args.tokenized_dir is not None:
@@ -407,17 +409,18 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
         elif source is not None:
             rows = _rows(args, stage, source)
             splits[stage] = Split(stage, rows, encode_rows(tasks, rows, text, rows.name))
+            text.cuts.tell(rows.name)
     return splits, mixture
 
 
 def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str, sources: Sequence[str]) -> Split:
     """Of tasks that read texts alone; their data are opened where --tokenized_dir has nothing of them."""
-    task = tasks[0]
+    task, text = tasks[0], replace(text, cuts=Cuts())
     assert isinstance(task, Unlabelled)
     text = task.cutting(text)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
-        "sources": [source_digest(source, getattr(args, f"{stage}_config")) for source in sources],
+        "sources": [source_digest(source, _config(args, stage, source)) for source in sources],
         "tokenizer": text.fingerprint,
         "bad_rows": args.bad_rows,
         **{name: getattr(args, f"{stage}_{name}") for name in ("filter", "shard_dataset")},
@@ -428,7 +431,9 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
         some = (rows.select(np.arange(i, min(i + 1024, len(rows)))) for i in range(0, len(rows), 1024))
         return task.examples((texts for part in some for texts in task.texts(part, rows.name)), text)
 
-    features = kept(Path(args.tokenized_dir), re.sub(r"\W+", "_", Path(sources[0]).stem), key, examples)
+    name = re.sub(r"\W+", "_", Path(sources[0]).stem)
+    features = kept(Path(args.tokenized_dir), name, key, examples, lambda: vars(text.cuts))
+    Cuts(**features.note).tell(rows.name)
     if not len(features):
         raise InputError(f"{rows.name}: no row makes an example.")
     return Split(stage, rows, features)
@@ -436,11 +441,19 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
 
 def _rows(args: Args, stage: str, source: str) -> Rows:
     documents = args.packing or args.sentence_pairs
-    rows = open_rows(source, getattr(args, f"{stage}_config"), args.bad_rows, documents)
+    rows = open_rows(source, _config(args, stage, source), args.bad_rows, documents)
     if conditions := getattr(args, f"{stage}_filter"):
         rows = filtered(rows, conditions)
     n = getattr(args, f"{stage}_shard_dataset")
     return rows if n is None else shard(rows, n)
+
+
+def _config(args: Args, stage: str, source: str) -> str | None:
+    """--STAGE_config; of several training sets those on the hub take it, and where none is there it is an error."""
+    config = getattr(args, f"{stage}_config")
+    if config is None or stage != "train" or on_hub(source):
+        return config
+    return None if any(map(on_hub, args.train_dataset)) else config
 
 
 # ---- training
@@ -452,7 +465,7 @@ def _loading(args: Args) -> dict[str, Any]:
 
 
 def _collate(args: Args, module: TaskModule, text: TextEncoder, teachers: Teachers | None = None) -> Collate:
-    length = args.max_sequence_length if args.pad_to_max_length else None
+    length = max(args.max_sequence_length) if args.pad_to_max_length else None
     token_types = n_token_types(module.heads.backbone) > 1 or (teachers is not None and teachers.token_types)
     return Collate(module.tasks, text.tokenizer, length, token_types=token_types)
 
@@ -496,6 +509,17 @@ def _digest(args: Args, module: TaskModule, text: TextEncoder) -> str:
     return data_digest(text.fingerprint.encode(), *(part.encode() for part in parts))
 
 
+def _of_stream(args: Args) -> dict[str, Any]:
+    """How the rows of the training stream are read."""
+    keep = functools.partial(passed, conditions=args.train_filter, name=args.train_dataset[0])
+    return {
+        "config": args.train_config,
+        "bad_rows": args.bad_rows,
+        "documents": args.packing or args.sentence_pairs,
+        "keep": keep if args.train_filter else None,
+    }
+
+
 def _stream_loader(
     args: Args, module: TaskModule, text: TextEncoder
 ) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
@@ -509,12 +533,10 @@ def _stream_loader(
         args.seed,
         args.max_steps * args.accumulate_grad_batches,
         accumulate=args.accumulate_grad_batches,
-        config=args.train_config,
         buffer=args.streaming_buffer,
         rank=ranks.rank(),
         ranks=ranks.size(),
-        bad_rows=args.bad_rows,
-        documents=args.packing or args.sentence_pairs,
+        **_of_stream(args),
         **_loading(args),
     )
     return loader, RowNumbers()
@@ -631,13 +653,24 @@ def _first_batches(train: Split, args: Args) -> Split:
     """--overfit_batches of the training data, or all."""
     if not args.overfit_batches:
         return train
-    n, few = len(train.features), args.overfit_batches
-    n = min(n, few * args.batch_size * ranks.size()) if isinstance(few, int) else max(1, int(few * n))
+    n = _first(len(train.features), args.overfit_batches, args.batch_size)
     return Split(train.name, train.rows, train.features.take(range(n)))
 
 
-def _limit(args: Args, stage: str) -> int | float | None:
-    """Batches of an evaluation."""
+def _first(n: int, limit: int | float, batch_size: int) -> int:
+    """How many of n examples so many batches of each process take, or a share, which is one at least."""
+    return min(n, limit * batch_size * ranks.size()) if isinstance(limit, int) else max(1, int(limit * n))
+
+
+def _limit(args: Args, stage: str) -> int | None:
+    """What Lightning is told: no batch of an evaluation, or all of those that `_head` leaves."""
+    return 0 if _batch_limit(args, stage) == 0 else None
+
+
+def _batch_limit(args: Args, stage: str) -> int | float | None:
+    """Batches of an evaluation, or the share of its examples."""
+    if args.fast_dev_run:
+        return 1
     if stage == "valid":
         return args.overfit_batches or args.limit_val_batches
     return getattr(args, f"limit_{stage}_batches")
@@ -788,15 +821,33 @@ def make_trainer(args: Args, **kwargs: Any) -> lightning.Trainer:
 
 def _eval_loader(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> Any:
     features, collate = module.splits[stage].features, _collate(args, module, text)
+    size = _batches(args, module, features, collate, args.eval_batch_size or args.batch_size)
     return eval_loader(
         features,
         collate,
-        _batches(args, module, features, collate, args.eval_batch_size or args.batch_size),
+        size,
         ranks.rank(),
         ranks.size(),
         Prepare(module.scored(), text, args.seed),
+        _head(args, module, stage, size),
         **_loading(args),
     )
+
+
+def _head(args: Args, module: TaskModule, stage: str, size: int | TokenBudget) -> np.ndarray | None:
+    """The examples that --limit_STAGE_batches leaves, the first of the data: batches are sorted by length, and the
+    first of those would be the shortest. What is scored together comes whole.
+    """
+    limit, features = _batch_limit(args, stage), module.splits[stage].features
+    if limit is None:
+        return None
+    if isinstance(size, TokenBudget):  # the mean of all its batches
+        size = max(1, len(features) // len(eval_batches(features.lengths, size)))
+    head = np.arange(_first(len(features), limit, size))
+    for task in module.scored():
+        if (groups := task.groups(features)) is not None:
+            head = np.flatnonzero(np.isin(groups, groups[head]))
+    return head
 
 
 def evaluate(args: Args, module: TaskModule, text: TextEncoder, stage: str) -> None:

@@ -69,8 +69,10 @@ class ModelFlags:
     """electra: config of the generator, which is trained from scratch: a folder, a config.json, or a name."""
     additional_config_kwargs: tuple[str, ...] = ()
     """Keys of the config to set, as in hidden_size=128 hidden_dropout_prob=0.0; values are read as YAML."""
-    max_sequence_length: int = 128
-    """Longest input in tokens, special ones included."""
+    max_sequence_length: tuple[int, ...] = (128,)
+    """Longest input in tokens, special ones included; how many were longer, and are cut, is logged. retrieval takes one
+    number, or two: of the first text (the query) and of the second.
+    """
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, more time."""
     dynamo_fallback_eager: bool = False
@@ -86,13 +88,17 @@ class DatasetFlags:
     names on the hub with the split (name/train). Several are mixed. A stage without data is left out.
     """
     train_config: str | None = None
-    """Configuration of a dataset on the hub."""
+    """Configuration of a dataset on the hub; of several train_dataset, those on the hub take it."""
     train_weights: tuple[float, ...] | None = None
-    """Shares of several train_dataset in an epoch. Default: each row once."""
+    """Shares of several train_dataset in an epoch, of its examples; a row may make several (windows,
+    questions, blocks). Default: each example once.
+    """
     train_filter: tuple[str, ...] = ()
     """Rows to keep for training, such as "label != 2" "len(text) > 20"; all conditions hold."""
     streaming: bool = False
-    """Read the training data as they are needed, for corpora that fit into no memory; needs max_steps."""
+    """Read the training data as they are needed, for corpora that fit into no memory; needs max_steps. Classes are
+    looked for first, in all rows, unless the source names them or num_labels are found.
+    """
     streaming_buffer: int = 10_000
     """Rows from which a stream draws the next one."""
     train_shard_dataset: int | None = None
@@ -184,11 +190,13 @@ class TrainerFlags:
     limit_train_batches: int | float | None = None
     """Batches of an epoch, as a number or a share (1.0 is all, 1 is one batch)."""
     limit_val_batches: int | float | None = None
-    """Batches of a validation, as a number or a share."""
+    """Validate on the first examples of the data: so many batches of each device, or this share of all; whole queries
+    and questions. 0 is no validation.
+    """
     limit_test_batches: int | float | None = None
-    """Batches of a test, as a number or a share."""
+    """Test on the first examples only, likewise."""
     limit_predict_batches: int | float | None = None
-    """Batches of a prediction, as a number or a share."""
+    """Predict the first examples only, likewise."""
     overfit_batches: int | float = 0.0
     """Train on so many of the first batches only (or this share), and validate on as many: a check of the code."""
     val_check_interval: int | float | None = None
@@ -198,7 +206,7 @@ class TrainerFlags:
     check_val_every_n_epoch: int | None = 1
     """Validate every so many epochs; none counts the batches of val_check_interval on through all epochs."""
     num_sanity_val_steps: int = 2
-    """Validation batches before training, to find errors early; -1 is all."""
+    """Validation batches before training, to find errors early: those with the longest texts; -1 is all."""
     log_every_n_steps: int = 50
     """Steps between two lines of the training log."""
     accumulate_grad_batches: int = 1
@@ -306,7 +314,7 @@ _PRECISIONS |= {
     name: name for name in ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "32-true", "64-true")
 }  # fmt: skip
 _AT_LEAST_ONE = (
-    *("max_sequence_length", "batch_size", "eval_batch_size", "accumulate_grad_batches", "num_nodes", "patience"),
+    *("batch_size", "eval_batch_size", "accumulate_grad_batches", "num_nodes", "patience"),
     *("log_every_n_steps", "check_val_every_n_epoch", "checkpoint_interval", "train_shard_dataset", "n_best_size"),
     *("valid_shard_dataset", "test_shard_dataset", "predict_shard_dataset", "k", "max_answer_length"),
     *("max_number_of_spans", "max_target_length", "max_multi_token_predictions", "generation_num_beams"),
@@ -416,6 +424,8 @@ def make_train_args(**flags: Any) -> Args:
         raise InputError(
             f"--train_weights has {len(args.train_weights)} numbers, --train_dataset {len(args.train_dataset)} names."
         )
+    if args.train_weights is not None and min(args.train_weights) <= 0:
+        raise InputError(f"--train_weights must be more than 0; got {' '.join(map(str, args.train_weights))}.")
     return args
 
 
@@ -439,6 +449,10 @@ class PredictFlags:
     """What to do with a broken row of a text file: stop, or skip it and say how many were skipped."""
     batch_size: int = 32
     """Examples in a batch, per device."""
+    limit_predict_batches: int | float | None = None
+    """Predict the first examples of the data only: so many batches of each device, or this share of all; whole queries
+    and questions.
+    """
     num_workers: int = 0
     """Processes that prepare batches; 0 prepares them in the main process."""
     accelerator: str = "auto"
@@ -451,8 +465,15 @@ class PredictFlags:
     """Show where in the code an error arises."""
 
 
+def _columns(group: Group) -> Group:
+    """The flags of a group that name columns."""
+    title, cls, _ = group
+    return title, cls, tuple(name for name in flag_fields([group]) if not re.search(r"_columns?$|^task_flags$", name))
+
+
 PREDICT_GROUPS: tuple[Group, ...] = (
     ("Prediction", PredictFlags, ()),
+    *(group for group in map(_columns, TASK_GROUPS) if flag_fields([group])),
     (str(GenerationFlags.__doc__), GenerationFlags, ()),
     ("Speed", SpeedFlags, ("compile",)),
 )
@@ -461,9 +482,24 @@ _OF_THE_MODEL = frozenset(flag_fields(TASK_GROUPS)) | {"pipeline", "max_sequence
 
 
 def make_predict_args(saved: dict[str, Any], flags: dict[str, Any]) -> Args:
-    """Flags of `funneltfm train` with which a trained model predicts. saved: those of its run; flags: of prediction."""
+    """Flags of `funneltfm train` with which a trained model predicts. saved: those of its run; flags: of prediction,
+    which win.
+    """
     given = {name: value for name, value in flags.items() if name != "output_file"}
     of_the_model = {name: value for name, value in saved.items() if name in _OF_THE_MODEL}
+    if flags.get("limit_predict_batches") == 0:
+        raise InputError("limit_predict_batches must be more than 0.")
+    own = [*of_the_model.get("task_flags", ()), *given.get("task_flags", ())]
+    if "label_column" in given and (named := next((word for word in own if ".label_column=" in word), None)):
+        raise InputError(
+            f"--label_column={given['label_column']}, but tasks of this model have their own columns ({named}). Name "
+            f"them with --task_flags TASK.label_column=NAME."
+        )
+    if own:
+        given["task_flags"] = tuple({word.partition("=")[0]: word for word in own}.values())
+    if given.keys() & {"input_column", "input_columns"}:  # two names of one thing
+        for name in ("input_column", "input_columns"):
+            of_the_model.pop(name, None)
     return make_train_args(**(of_the_model | given))
 
 
@@ -486,7 +522,7 @@ def _check_streaming(args: Args) -> None:
     if args.max_steps < 0:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
     for flag in (
-        *("train_weights", "train_filter", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
+        *("train_weights", "train_shard_dataset", "overfit_batches", "limit_train_batches", "k"),
         *("tokenized_dir", "prepare_data_workers", "max_tokens"),
     ):
         if getattr(args, flag):
@@ -502,6 +538,14 @@ def _check_ranges(args: Args) -> None:
     for name in _AT_LEAST_ONE:
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"{name} must be at least 1; got {value}.")
+    lengths = args.max_sequence_length
+    if min(lengths) < 1:
+        raise InputError(f"max_sequence_length must be at least 1; got {min(lengths)}.")
+    if args.pipeline is not None and len(lengths) > (most := 2 if "retrieval" in task_names(args.pipeline) else 1):
+        raise InputError(
+            f"--max_sequence_length takes {'one number or two' if most == 2 else 'one number'} with --pipeline "
+            f"{args.pipeline}; got {' '.join(map(str, lengths))}. Two are for retrieval, one a text."
+        )
     for name in _NOT_NEGATIVE:
         if (value := getattr(args, name)) is not None and value < 0:
             raise InputError(f"{name} must not be negative; got {value}.")
@@ -511,8 +555,10 @@ def _check_ranges(args: Args) -> None:
     for name in ("limit_train_batches", "val_check_interval", "max_epochs"):
         if getattr(args, name) == 0:
             raise InputError(f"{name} must be more than 0.")
-    if args.overfit_batches < 0 or (isinstance(args.overfit_batches, float) and args.overfit_batches > 1):
-        raise InputError(f"overfit_batches must be a number of batches, or a share; got {args.overfit_batches}.")
+    for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"):
+        value = getattr(args, name)
+        if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+            raise InputError(f"{name} must be a number of batches, or a share; got {value}.")
     if args.seeds is not None and ("seed" in args.given or len({*args.seeds}) < len(args.seeds)):
         raise InputError(f"--seeds must be different numbers, and takes the place of --seed; got {args.seeds}.")
     for flag in ("min_epochs", "min_steps"):
