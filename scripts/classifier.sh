@@ -22,6 +22,9 @@ if [ -n "${pretrain_dir:-}" ]; then
     model=(
         --tokenizer_path="$pretrain_dir/$vocab" --init_ckpt="$pretrain_dir/model.pt" --attn_type=rel_shift --truncate_seq
     )
+    # Beside a vocabulary of train-tokenizer lies what says whether texts become lower case; the published ones do.
+    rules=$pretrain_dir/tokenizer.json
+    if [ -e "$rules" ] && ! grep -Eq '"lowercase": ?true|"type": ?"Lowercase"' "$rules"; then model+=(--cased); fi
 fi
 if [ -n "${task_name:-}" ]; then
     flags=(--dataset="$task_name" --data_dir="$data_dir" "${model[@]}" --write_prediction)

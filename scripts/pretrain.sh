@@ -9,7 +9,9 @@
 #
 #   name=small            what the run is called
 #   valid=held-out.txt    text to validate on; the best model is chosen by it
-#   tokenizer=FOLDER      a tokenizer; where there is none, one of vocab_size=8000 pieces is learned from the texts
+#   columns="title:body"  columns with the texts, as in --input_columns (default: text), for the tokenizer and the training
+#   tokenizer=FOLDER      a tokenizer that is there. Default: one of vocab_size=8000 pieces is learned from the texts, into
+#                         output_dir/tokenizers/NAME, once; with --overwrite among the flags anew
 #   output_dir=outputs    the run: runs/NAME (metrics.csv, curves.png), checkpoints/NAME, pre_trained_models/NAME
 #   pretrain_dir=...      the result, which scripts/classifier.sh finetunes (default: pretrained/NAME)
 set -euo pipefail
@@ -28,13 +30,19 @@ if [ ${#texts[@]} -eq 0 ]; then
     if [ ! -e "$data_dir/vocab.txt" ]; then "$ROOT/.venv/bin/python" "$ROOT/data-scripts/make_sample.py" "$data_dir"; fi
     texts=("$data_dir/train.jsonl")
     valid=${valid:-$data_dir/valid.jsonl}
-    learn=(--vocab_size "${vocab_size:-500}" --input_columns text_a)
-    flags=(--input_columns text_a --max_sequence_length 64 --max_steps 1000 --log_every_n_steps 20)
+    columns=${columns:-text_a}
+    learn=(--vocab_size "${vocab_size:-500}")
+    flags=(--max_sequence_length 64 --max_steps 1000 --log_every_n_steps 20)
     every=200
 else
     learn=(--vocab_size "${vocab_size:-8000}")
     flags=(--max_sequence_length 128 --max_steps 20000)
     every=1000
+fi
+if [ -n "${columns:-}" ]; then
+    read -ra names <<<"$columns"
+    learn+=(--input_columns "${names[@]}")
+    flags+=(--input_columns "${names[@]}")
 fi
 if [ -n "${valid:-}" ]; then
     # The detector's scores fall as the generator learns, so the best model is that of the best generator.
@@ -46,14 +54,26 @@ fi
 name=${name:-small-electra}
 output_dir=${output_dir:-outputs}
 pretrain_dir=${pretrain_dir:-pretrained/$name}
-tokenizer=${tokenizer:-$output_dir/tokenizers/$name}
 
-if [ ! -e "$tokenizer" ]; then
-    "${FUNNELTFM[@]}" train-tokenizer "${texts[@]}" -o "$tokenizer" "${learn[@]}"
+if [ -n "${tokenizer:-}" ]; then
+    if [ ! -d "$tokenizer" ]; then
+        echo "pretrain: tokenizer=$tokenizer must be the folder of a tokenizer (funneltfm train-tokenizer makes one); there" \
+            "is none. Leave it out to learn one from the texts." >&2
+        exit 2
+    fi
+else
+    tokenizer=$output_dir/tokenizers/$name
+    anew=
+    case " $* " in *" --overwrite "* | *" --overwrite=true "*) anew=--overwrite ;; esac
+    if [ -e "$tokenizer" ] && [ -z "$anew" ]; then
+        echo "pretrain: using the tokenizer $tokenizer, which is there; with --overwrite it is learned anew" >&2
+    else
+        "${FUNNELTFM[@]}" train-tokenizer "${texts[@]}" -o "$tokenizer" "${learn[@]}" $anew
+    fi
 fi
 "${FUNNELTFM[@]}" train --pipeline token_detection_and_masked_lm --name "$name" --output_dir "$output_dir" --model funnel \
     --additional_config_kwargs block_size=2_2_2 decoder_size=1 d_model=128 d_embed=128 n_head=2 d_head=64 d_inner=512 \
-    separate_cls=true pool_q_only=true truncate_seq=true --embedding_sharing gdes --generator_size 0.5 \
+    separate_cls=true pool_q_only=true truncate_seq=true --embedding_sharing gdes \
     --pre_trained_tokenizer "$tokenizer" --train_dataset "${texts[@]}" \
     --packing --across_documents --tokenized_dir "$output_dir/tokenized" \
     --batch_size 32 --learning_rate 1e-3 --weight_decay 0.01 --num_warmup_steps 0.1 --gradient_clip_val 1.0 \

@@ -108,6 +108,32 @@ def test_pretrain_sh_takes_text_files(tmp_path: Path) -> None:
     again = bash(ROOT / "scripts/pretrain.sh", *words, cwd=tmp_path, **env)
     assert again.returncode == 1
     assert "there is a run named mine" in again.stderr
+    assert "using the tokenizer outputs/tokenizers/mine, which is there" in again.stderr
+    (tmp_path / "one.txt").write_text("Zebras came.\n" * 20)
+    anew = bash(ROOT / "scripts/pretrain.sh", *words, "--overwrite", cwd=tmp_path, **env)
+    assert anew.returncode == 0, anew.stderr
+    assert "using the tokenizer" not in anew.stderr
+    assert "z" in (tmp_path / "made/vocab.txt").read_text().split()  # it was learned anew
+
+
+@NEEDS_VENV
+def test_pretrain_sh_wants_a_tokenizer_that_is_there(tmp_path: Path) -> None:
+    done = bash(ROOT / "scripts/pretrain.sh", "a.txt", cwd=tmp_path, tokenizer="none", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert "tokenizer=none must be the folder of a tokenizer" in done.stderr
+
+
+@pytest.mark.slow
+@NEEDS_VENV
+def test_pretrain_sh_reads_other_columns(tmp_path: Path) -> None:
+    rows = [{"title": "The old fox", "body": "ran. It was late."}, {"title": "The dog", "body": "slept."}] * 10
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--max_steps=2", "--max_sequence_length=16", "--batch_size=4", "--num_warmup_steps=0")
+    env = {"columns": "title body", "vocab_size": "60", "HF_HUB_OFFLINE": "1"}
+    done = bash(ROOT / "scripts/pretrain.sh", "texts.jsonl", *words, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    vocab = (tmp_path / "pretrained/small-electra/vocab.txt").read_text().split()
+    assert {"x", "w"} <= {*vocab}  # of fox and was
 
 
 @NEEDS_VENV

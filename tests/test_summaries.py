@@ -122,3 +122,9 @@ def test_bert_score_without_its_encoder(encoder: Path, tmp_path: Path) -> None:
         bert_score(SAID, RIGHT, str(tmp_path / "nothing"), 1)
     with pytest.raises(InputError, match="must be from 0 to 2"):
         bert_score(SAID, RIGHT, str(encoder), 3)
+
+
+def test_bert_score_loads_its_encoder_once(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bert_score(SAID, RIGHT, str(encoder), 1)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
+    assert bert_score(SAID, RIGHT, str(encoder), 1) == first

@@ -1,5 +1,6 @@
 """Scores of texts that a model has written, against one or more references each: ROUGE, BLEU, BERTScore."""
 
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -83,6 +84,19 @@ def sacrebleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -
     return float(corpus_bleu(list(predictions), streams).score)
 
 
+@functools.lru_cache(maxsize=1)
+def _encoder(model: str, device: str) -> tuple[Any, Any]:
+    """Tokenizer and encoder for BERTScore. They are kept: every validation of a run needs them."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        with torch.random.fork_rng([]):  # weights that it lacks are drawn, and a resumed run loads it at another time
+            return tokenizer, transformers.AutoModel.from_pretrained(model).to(device).eval()
+    except Exception as error:  # transformers and the hub raise all kinds
+        raise _no_encoder(model, error) from error
+
+
 @torch.inference_mode()
 def bert_score(
     predictions: Sequence[str],
@@ -96,15 +110,9 @@ def bert_score(
     without rescaling, on the hidden states of a layer of the encoder `model` (a folder or a name). Special tokens do
     not count; a text without others scores 0. Of several references the one with the best F counts.
     """
-    import transformers
-
     check_encoder(model, layer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        encoder: Any = transformers.AutoModel.from_pretrained(model).to(device).eval()
-    except Exception as error:  # transformers and the hub raise all kinds
-        raise _no_encoder(model, error) from error
+    tokenizer, encoder = _encoder(model, device)
     longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512))
 
     def vectors(texts: Sequence[str]) -> list[Tensor]:

@@ -37,12 +37,18 @@ def test_a_folder_is_replaced_on_request(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "a.txt").write_text("one two three\n" * 3)
     output = tmp_path / "tokenizer"
     output.mkdir()
-    (output / "mine.txt").write_text("")
     words = ["train-tokenizer", str(tmp_path / "a.txt"), "-o", str(output), *FLAGS]
+    assert main(words) == 0
     assert main(words) == 1
     assert "exists and is not empty" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
-    assert not (output / "mine.txt").exists()
+    (output / "mine.txt").write_text("")
+    assert main([*words, "--overwrite"]) == 1
+    assert "holds mine.txt." in capsys.readouterr().err
+    assert {"mine.txt", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    words[words.index(str(output))] = str(output / "mine.txt")
+    assert main([*words, "--overwrite"]) == 1
+    assert "it is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,3 +75,14 @@ def test_broken_rows_may_be_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n{"text": \n{"text": "b a"}\n')
     words = ["train-tokenizer", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "out"), "--bad_rows=skip"]
     assert main(words) == 0
+
+
+def test_lower_case_by_default_and_by_flag(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A Fox\n" * 3)
+    made = {}
+    for number, words in enumerate(([], ["--no_lower_case"], ["--type=bpe"], ["--type=bpe", "--lower_case"])):
+        output = tmp_path / str(number)
+        assert main(["train-tokenizer", "-o", str(output), "--vocab_size=300", *words, str(tmp_path / "a.txt")]) == 0
+        tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+        made[" ".join(words)] = tokenizer.decode(tokenizer("A Fox", add_special_tokens=False)["input_ids"])
+    assert made == {"": "a fox", "--no_lower_case": "A Fox", "--type=bpe": "A Fox", "--type=bpe --lower_case": "a fox"}

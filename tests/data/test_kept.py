@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,26 @@ def test_two_processes_at_once(tmp_path: Path, torn: bool) -> None:
     assert got == [(5000, int(wanted.ragged["input_ids"][0].sum()))] * 2
     assert same(kept(tmp_path, "x", KEY, never), wanted)
     assert len(folders(tmp_path)) == 1
+
+
+def test_the_digest_is_that_in_memory_and_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a run may be resumed with a folder of kept tokens or without, but not with other texts."""
+    monkeypatch.setattr(module, "_AT_ONCE", 3)
+    some = [one | {"weights": [0.5, 1.5]} for one in examples(10)]
+    wanted = Features.of(some).digest()
+    assert Features.of([*some[:9], some[8]]).digest() != wanted
+    kept(tmp_path, "x", KEY, lambda: some)
+    again = kept(tmp_path, "x", KEY, never)
+    monkeypatch.setattr(Features, "arrays", never)
+    assert again.digest() == wanted
+    assert pickle.loads(pickle.dumps(again)).digest() == wanted
+
+
+def test_a_digest_copies_no_array() -> None:
+    features = Features.of([{"input_ids": np.zeros(1_000_000, np.int64)}])
+    tracemalloc.start()
+    try:
+        features.digest()
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # of 4 million bytes
+    finally:
+        tracemalloc.stop()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funneltfm.data.tokenization import SYMBOLS, TOKENIZERS, Tokenizer, get_tokenizer
+from funneltfm.data.tokenization import SYMBOLS, TOKENIZERS, Tokenizer, check_case, get_tokenizer
 from funneltfm.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -330,3 +330,17 @@ def test_long_pieces_are_shortened_in_the_message(tmp_path: Path) -> None:
 def test_a_path_that_no_file_can_have() -> None:
     with pytest.raises(InputError, match="Cannot read the vocabulary file"):
         get_tokenizer("word_piece", "vocab\0.txt")
+
+
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_a_tokenizer_beside_a_vocabulary_says_whether_it_is_cased(lower_case: bool, tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    check_case(vocabulary, lower_case)  # there is none
+    normalizer: Any = {"type": "BertNormalizer", "lowercase": lower_case, "strip_accents": None}
+    for rules in (normalizer, {"type": "Sequence", "normalizers": [{"type": "NFKC"}, normalizer]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"normalizer": rules}))
+        check_case(vocabulary, not lower_case)
+        with pytest.raises(InputError, match=r"vocab.txt are .*\. (Leave out|Give) --cased"):
+            check_case(vocabulary, lower_case)
+    (tmp_path / "tokenizer.json").write_text('{"normalizer": null}')
+    check_case(vocabulary, True)

@@ -71,10 +71,11 @@ def test_sentinels_of_t5(type_: str, tmp_path: Path) -> None:
     assert text.sentinel_ids[0] in ids
 
 
-@pytest.mark.parametrize("lower_case", [True, False])
+@pytest.mark.parametrize("given", [{}, {"lower_case": True}, {"lower_case": False}], ids=str)
 @pytest.mark.parametrize("type_", TYPES)
-def test_texts_come_back(type_: str, lower_case: bool) -> None:
-    tokenizer = learned(type_, lower_case=lower_case)
+def test_texts_come_back(type_: str, given: dict[str, bool]) -> None:
+    tokenizer = learned(type_, **given)
+    lower_case = given.get("lower_case", type_ == "word_piece")
     for text in TEXTS[:3]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids

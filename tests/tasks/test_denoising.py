@@ -229,6 +229,25 @@ def test_a_run(model: str, tokenizers: dict[str, Any], make_writer: Callable[...
     assert again[0]["selected"] == labels.shape[1]
 
 
+@pytest.mark.parametrize("more", [{}, {"packing": True, "across_documents": True}], ids=str)
+@pytest.mark.parametrize("model", ["bart", "t5"])
+def test_kept_tokens_train_as_those_in_memory(
+    model: str, more: dict[str, Any], tokenizers: dict[str, Any], make_writer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Also where texts may be longer than what the encoder sees."""
+    tokenizer = tokenizers["sentinels" if model == "t5" else "byte_level"]
+    flags = flags_of(tmp_path, tokenizer, model, make_writer, max_epochs=1, **more)
+    kept = {"tokenized_dir": str(tmp_path / "kept"), "prepare_data_workers": 1}
+    results = [train(**flags), train(**flags | kept | {"name": "kept"})]
+    n_kept = len(list((tmp_path / "kept").iterdir()))
+    results.append(train(**flags | kept | {"name": "again"}))
+    assert results[0]["valid"] == results[1]["valid"] == results[2]["valid"]
+    assert len(list((tmp_path / "kept").iterdir())) == n_kept == 1  # for training and validation, of the same texts
+    if model == "t5":
+        train(**flags | kept | {"name": "other", "probability": 0.3})
+        assert len(list((tmp_path / "kept").iterdir())) == 2  # other lengths
+
+
 @pytest.mark.parametrize("model", ["bart", "t5"])
 def test_a_cut_run_ends_bit_equal(
     model: str, tokenizers: dict[str, Any], make_writer: Any, train_cut: Callable[..., Any], tmp_path: Path

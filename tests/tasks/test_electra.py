@@ -76,8 +76,8 @@ def test_labels_are_what_differs_from_the_original(function: str, tiny: Any) -> 
         clean = torch.from_numpy(features[i]["input_ids"])
         n, special = len(clean), torch.from_numpy(np.isin(features[i]["input_ids"], text.special_ids))
         assert torch.equal(seen[i, :n][~chosen[i, :n]], clean[~chosen[i, :n]])  # masks and random tokens are gone
-        assert torch.equal(labels[i, :n][~special], (seen[i, :n] != clean).long()[~special])
-        assert (labels[i, :n][special] == IGNORED).all()
+        assert torch.equal(labels[i, :n], (seen[i, :n] != clean).long())
+        assert (labels[i, :n][special] == 0).all()  # originals, which count
         assert (labels[i, n:] == IGNORED).all()
         assert (seen[i, n:] == tokenizer.pad_token_id).all()
         assert not chosen[i, :n][special].any()
@@ -120,6 +120,7 @@ def test_losses_by_their_formulas(sharing: str, tiny_tokenizer: Any, make_config
     costs = [-(d[i, j] if y[i, j] else 1 - d[i, j]).log().item() for i, j in (y != IGNORED).nonzero().tolist()]
     assert losses["token_detection"].item() == pytest.approx(np.mean(costs), rel=1e-5)
     assert task.sizes(batch) == {"masked_lm": len(nll), "token_detection": len(costs)}
+    assert len(costs) == batch["tokens"]  # all but padding
 
 
 # ---- gradients
@@ -350,6 +351,18 @@ def test_a_run_learns(flags: dict[str, Any], tiny_tokenizer: Any, make_config: A
     best = tmp_path / "pre_trained_models" / "run" / "best"
     transformers.AutoModelForPreTraining.from_pretrained(best)
     transformers.AutoModelForMaskedLM.from_pretrained(best / GENERATOR)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(best / GENERATOR)
+    assert tokenizer("fox")["input_ids"] == tiny_tokenizer("fox")["input_ids"]
+
+
+def test_a_size_for_a_generator_that_is_there(tiny_tokenizer: Any, make_config: Any, tmp_path: Path) -> None:
+    """The run that has made it may have had one, as its predictions know."""
+    run(tmp_path, tiny_tokenizer, make_config("electra", len(tiny_tokenizer)), max_epochs=1, generator_size=0.5)
+    best, data = str(tmp_path / "pre_trained_models" / "run" / "best"), str(tmp_path / "data.jsonl")
+    assert len(predict(pre_trained_model=best, predict_dataset=data, accelerator="cpu")) == len(ROWS)
+    more: dict[str, Any] = {"pre_trained_model": best, "pre_trained_config": None, "name": "other"}
+    with pytest.raises(InputError, match=r"--generator_size=0.5 does nothing: .*generator has a trained generator"):
+        run(tmp_path, tiny_tokenizer, make_config("electra", len(tiny_tokenizer)), generator_size=0.5, **more)
 
 
 def test_scores_are_of_the_whole_split_and_of_fixed_masks(

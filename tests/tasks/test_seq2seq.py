@@ -11,7 +11,7 @@ from funneltfm.data.text import TextEncoder
 from funneltfm.errors import InputError
 from funneltfm.tasks.base import IGNORED, Collate, encode_rows, make_tasks
 from funneltfm.tasks.heads import Heads
-from funneltfm.tasks.seq2seq import shifted, target_ids
+from funneltfm.tasks.seq2seq import decoder_positions, shifted, target_ids
 from funneltfm.tasks.summarization import Summarization
 from funneltfm.training.model_source import load_config, make_heads
 from funneltfm.training.train_config import make_train_args
@@ -149,5 +149,7 @@ def test_what_does_not_go() -> None:
         with pytest.raises(InputError, match=r"needs a model of its own\. Train it alone"):
             make_tasks(pipeline, make_train_args(pipeline=pipeline))
     task = Summarization(make_train_args(pipeline="summarization", max_target_length=20))
+    assert decoder_positions(transformers.LEDConfig(max_decoder_position_embeddings=16)) == 16
+    assert decoder_positions(transformers.T5Config()) is None
     with pytest.raises(InputError, match="the model's decoder takes 16"):
         task.make_model(None, transformers.BartConfig(max_position_embeddings=16))

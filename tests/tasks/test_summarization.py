@@ -137,6 +137,7 @@ def test_options_reach_the_model(tokenizers: dict[str, Any], make_writer: Any) -
         ({"generation_length_penalty": 2.0}, "length_penalty=2.0 does nothing without --generation_num_beams"),
         ({"generation_early_stopping": True, "generation_num_beams": 1}, "early_stopping=True does nothing without"),
         ({"generation_suppress_tokens": (3, 99999)}, "suppress_tokens must be ids from 0 to .*; got 99999"),
+        ({"generation_bad_words_ids": ("3", "4,99999")}, "bad_words_ids must be ids from 0 to .*; got 99999"),
         ({"generation_temperature": 1.0, "generation_top_k": 0, "generation_length_penalty": 1.0}, None),
         ({"generation_length_penalty": 2.0, "generation_num_beams": 2}, None),
     ],
@@ -168,6 +169,24 @@ def test_lengths_that_do_not_go(tokenizers: dict[str, Any], make_writer: Any) ->
             make_heads(args, [Summarization(args)], tokenizers["byte_level"])
 
 
+def test_lengths_that_the_decoder_does_not_take(tokenizers: dict[str, Any], make_writer: Any) -> None:
+    keys = make_writer("bart", max_position_embeddings=24)
+
+    def make(**flags: Any) -> Any:
+        args = make_train_args(
+            pipeline="summarization", model="bart", additional_config_kwargs=keys, max_sequence_length=16,
+            max_target_length=20, **flags,
+        )  # fmt: skip
+        return make_heads(args, [Summarization(args)], tokenizers["byte_level"]).eval().models["summarization"]
+
+    net = make(generation_max_length=25, generation_min_length=25)
+    ids = torch.tensor([[0, 9, 10, 2]])
+    assert net.generate(ids, attention_mask=torch.ones_like(ids)).shape == (1, 25)  # the longest that goes
+    for flags in ({"generation_max_length": 26}, {"generation_max_new_tokens": 25}):
+        with pytest.raises(InputError, match="texts may have 26 tokens, but the model's decoder takes 24"):
+            make(**flags)
+
+
 @pytest.mark.parametrize("model", ["bart", "t5"])
 def test_what_is_written_is_what_transformers_writes(model: str, tokenizers: dict[str, Any], make_writer: Any) -> None:
     """Row by row, without padding; and limits hold."""
@@ -194,6 +213,25 @@ def test_what_is_written_is_what_transformers_writes(model: str, tokenizers: dic
                 assert written[i][: len(own)].tolist() == own.tolist()
                 assert (written[i][len(own) :] == tokenizer.pad_token_id).all()
                 assert options.get("min_length", 1) <= len(own) <= limits["max_length"]
+
+
+def test_bad_words_are_not_written(tokenizers: dict[str, Any], make_writer: Any) -> None:
+    tokenizer = tokenizers["byte_level"]
+
+    def written(**flags: Any) -> list[int]:
+        args = make_train_args(
+            pipeline="summarization", model="bart", max_sequence_length=32, max_target_length=8,
+            additional_config_kwargs=make_writer("bart"), generation_min_length=8, **flags,
+        )  # fmt: skip
+        task = Summarization(args)
+        features = encode_rows([task], ROWS[:1], TextEncoder(tokenizer, 32), "rows")
+        torch.manual_seed(2)
+        net = make_heads(args, [task], tokenizer).eval().models["summarization"]
+        return task.generate(net, Collate([task], tokenizer)([features[0]]))[0, 1:].tolist()
+
+    first = written()
+    second = written(generation_bad_words_ids=(str(first[0]), "7,8"))
+    assert first[0] not in second
 
 
 def test_sampling_takes_no_random_numbers_from_the_training(tokenizers: dict[str, Any], make_writer: Any) -> None:
@@ -225,6 +263,9 @@ def test_sampling_takes_no_random_numbers_from_the_training(tokenizers: dict[str
         ({"valid_bert_score": True, "valid_generation": False}, "writes nothing"),
         ({"test_bert_score": True, "bert_score_model": "/nowhere"}, "BERTScore cannot load the encoder"),
         ({"generation_num_beams": 0}, "at least 1"),
+        ({"generation_bad_words_ids": ("3", "4,")}, "takes the ids of each word, with commas .*; got '4,'"),
+        ({"generation_num_beam_groups": 2}, "no flag generation_num_beam_groups: .* give --generation_num_beams"),
+        ({"valid_bleurt_score": True}, "no flag valid_bleurt_score: .*--valid_bert_score"),
         ({"generation_top_p": 1.5, "generation_do_sample": True}, "between 0 and 1"),
         ({"max_target_length": 0}, "at least 1"),
     ],

@@ -10,10 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Timer
 
+from funneltfm.cli.main import _TqdmHandler
 from funneltfm.errors import InputError
 from funneltfm.training import callbacks
 from funneltfm.training.callbacks import History, Progress, validation_steps
+from funneltfm.training.runlog import log_file
 
 
 @given(st.integers(1, 500), st.integers(1, 40))
@@ -47,16 +50,16 @@ class Run:
         self.trainer = SimpleNamespace(
             optimizers=[optimizer], num_training_batches=total * accumulate, global_step=start,
             accumulate_grad_batches=accumulate, precision_plugin=None, state=SimpleNamespace(fn="fit"),
-            sanity_checking=False, loggers=[],
+            sanity_checking=False, loggers=[], callbacks=[],
         )  # fmt: skip
         self.module = SimpleNamespace(scores={}, train_scores={}, device=torch.device(device))
         history.total = total
         self.callbacks = [history, *more]
         self.batch_idx = start * accumulate
 
-    def step(self, loss: float, size: int = 4, weight: float = 1.0) -> None:
+    def step(self, loss: float, size: int = 4, weight: float = 1.0, **more: int) -> None:
         """One batch; with `accumulate`, several make a step."""
-        batch = {"index": torch.arange(size), "weight": weight}
+        batch = {"index": torch.arange(size), "weight": weight} | more
         for callback in self.callbacks:
             callback.on_train_batch_start(self.trainer, self.module, batch, self.batch_idx)
         self.batch_idx += 1
@@ -153,7 +156,7 @@ def test_saved_and_loaded_goes_on_with_bit_equal_rows(tmp_path: Path, validate_a
     for loss in losses[validate_after:]:
         run.step(loss)
     speedless = [
-        [{k: v for k, v in row.items() if k != "examples_per_second"} for row in read(tmp_path / name)]
+        [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in read(tmp_path / name)]
         for name in ("whole.csv", "cut.csv")
     ]
     assert speedless[0] == speedless[1]
@@ -231,13 +234,16 @@ def test_speed_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         original(*args)
 
     monkeypatch.setattr(history, "on_train_batch_end", slow_step)
-    run.step(1.0)
+    run.step(1.0, tokens=20)
     clock.now += 1000.0
     run.validate(accuracy=0.5, loss=1.0)
-    run.step(1.0)
+    run.step(1.0, tokens=60)
     assert history.train_seconds == 4.0
     assert history.examples_per_second == 2.0
-    assert [float(row["examples_per_second"]) for row in read(tmp_path / "metrics.csv") if row["train/loss"]] == [2, 2]
+    assert history.tokens_per_second == 20.0
+    trained = [row for row in read(tmp_path / "metrics.csv") if row["train/loss"]]
+    assert [float(row["examples_per_second"]) for row in trained] == [2, 2]
+    assert [float(row["tokens_per_second"]) for row in trained] == [10, 30]  # each since the row before
 
 
 def test_progress_without_a_terminal_is_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,19 +264,46 @@ def test_progress_without_a_terminal_is_lines(tmp_path: Path, caplog: pytest.Log
     assert caplog.messages[3] == "step 4  epoch 1.00  valid/accuracy 0.7500  valid/loss 0.5000 (best so far)"
 
 
+def test_what_is_left_of_a_run_without_a_number_of_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    history = history_of(tmp_path / "metrics.csv", log_every=1)
+    progress = Progress(history)
+    run = Run(history, 4, progress)
+    history.total = None
+    with caplog.at_level(logging.INFO, "funneltfm"):
+        progress.on_train_start(run.trainer, run.module)
+        run.step(1.0)
+        timer = Timer("00:00:02:00")
+        timer.time_elapsed = lambda stage: 30.0  # type: ignore[assignment, misc, return-value]
+        run.trainer.callbacks.append(timer)
+        run.step(1.0)
+    assert "step 1/?" in caplog.messages[0]
+    assert "left" not in caplog.messages[0]
+    assert caplog.messages[1].endswith("  01:30 left")  # of --max_time
+
+
 def test_progress_on_a_terminal_is_a_bar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """With the lines in the log file alone."""
+    monkeypatch.setattr(logging.getLogger("funneltfm"), "handlers", [_TqdmHandler()])
     monkeypatch.setattr(callbacks.sys.stderr, "isatty", lambda: True, raising=False)
     history = history_of(tmp_path / "metrics.csv", log_every=1)
     progress = Progress(history)
     run = Run(history, 3, progress)
     progress.on_train_start(run.trainer, run.module)
-    for _ in range(3):
-        run.step(1.5)
+    with caplog.at_level(logging.INFO, "funneltfm"), log_file(tmp_path / "log.txt", append=False):
+        for _ in range(3):
+            run.step(1.5, tokens=7)
+        run.validate(accuracy=0.5)
     progress.teardown(run.trainer, run.module, "fit")
     progress.teardown(run.trainer, run.module, "fit")  # Lightning may call it again
     shown = capsys.readouterr().err
     assert "training: 100%" in shown
     assert "3/3" in shown
     assert "loss=1.5000" in shown
+    assert "lr 5.00e-01" not in shown
+    assert "valid/accuracy 0.5000" in shown
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 4
+    assert "step 1/3  epoch 0.25  loss 1.5000  lr 5.00e-01  " in lines[0]
+    assert " tokens/s  " in lines[0]

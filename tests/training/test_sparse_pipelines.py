@@ -84,7 +84,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def rows(out: Path, name: str = "run") -> list[dict[str, str]]:
     with open(Outputs(out, name).run / "metrics.csv", newline="") as handle:
-        return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in csv.DictReader(handle)]
+        return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in csv.DictReader(handle)]
 
 
 # ---- masks

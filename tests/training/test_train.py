@@ -75,7 +75,7 @@ def weights(out: Path, name: str = "run") -> dict[str, torch.Tensor]:
 def rows(out: Path, name: str = "run") -> list[dict[str, str]]:
     with open(Outputs(out, name).run / "metrics.csv", newline="") as handle:
         return [
-            {key: value for key, value in row.items() if key != "examples_per_second"}
+            {key: value for key, value in row.items() if not key.endswith("_per_second")}
             for row in csv.DictReader(handle)
         ]  # fmt: skip
 
@@ -227,6 +227,24 @@ def test_a_run_shorter_than_an_epoch_is_validated_at_its_end(data, tmp_path):
     results = train(**flags(data, tmp_path, max_epochs=None, max_steps=3, accumulate_grad_batches=2))
     assert results["best_step"] == 3
     assert Outputs(tmp_path, "run").resumable[1].is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"max_epochs": None, "max_steps": 13, "val_check_interval": 5, "check_val_every_n_epoch": None}, [5, 10, 13]),
+        ({"max_epochs": None, "max_steps": 20, "accumulate_grad_batches": 2}, [8, 16, 20]),
+        ({"max_epochs": 3, "check_val_every_n_epoch": 2}, [30, 45]),
+        ({"max_epochs": 1, "val_check_interval": 0.4}, [6, 12, 15]),
+        ({"max_epochs": 1, "val_check_interval": 5}, [5, 10, 15]),
+    ],
+    ids=str,
+)
+def test_the_last_step_is_validated_once(data, tmp_path, more, wanted):
+    """Its model may be the best, wherever the interval ends."""
+    results = train(**flags(data, tmp_path, **more))
+    assert [int(row["step"]) for row in rows(tmp_path) if row["valid/seq_class/loss"]] == wanted
+    assert results["steps"] == wanted[-1]
 
 
 # ---- resuming

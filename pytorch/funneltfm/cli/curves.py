@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     known = dict.fromkeys(map(score_of, columns))
     if unknown := [score for score in flags["scores"] or () if score not in known]:
         raise InputError(f"{table} has no {', '.join(unknown)}. It has {brief(', '.join(known), 1000)}.")
-    plain = [score for score in known if "_class_" not in score and score not in ("lr", "examples_per_second")]
+    plain = [score for score in known if "_class_" not in score and score != "lr" and not score.endswith("_per_second")]
     scores = list(flags["scores"] or plain[:_MOST])
     if not scores:
         raise InputError(f"{table} has no scores to draw yet. Wait for the first line of the log.")

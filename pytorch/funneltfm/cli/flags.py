@@ -71,7 +71,7 @@ class FlagParser(argparse.ArgumentParser):
             read, metavar = _reader([item])
             self._item_readers[name] = read
             group.add_argument(*names, nargs="+", type=read, metavar=metavar, **common)
-        elif field.type is bool:
+        elif bool in (field.type, *kinds):
             self._switches |= {f"--{name}", f"--no_{name}"}
             group.add_argument(f"--{name}", type=_bool, nargs="?", const=True, metavar="true|false", **common)
             hidden = common | {"help": argparse.SUPPRESS}

@@ -13,6 +13,7 @@ VERBS = {
     "train": "train any encoder on any pipeline: tagging, ranking, question answering, masked LM, ...",
     "predict": "predict with a model that `train` has left, to jsonl",
     "train-tokenizer": "learn a WordPiece, BPE or Unigram tokenizer from texts",
+    "cluster-tokens": "put the tokens of a model into clusters, for detecting replaced ones",
     "curves": "draw the scores of a run over its steps",
     "run": "run named experiments: pretraining, sparse training, GLUE",
     "export": "write a finetuned model so that transformers serves it without this package",
@@ -79,6 +80,8 @@ class _TqdmHandler(logging.StreamHandler):
     """Writes to the present stderr, whatever it is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "in_bar", False):  # which shows it already
+            return
         prefix = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
         print(prefix + self.format(record), file=sys.stderr, flush=True)
 

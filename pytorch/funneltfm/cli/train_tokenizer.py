@@ -22,7 +22,7 @@ class TextFlags:
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a broken row of a text file: stop, or skip it and say how many were skipped."""
     overwrite: bool = False
-    """Replace the folder if it exists."""
+    """Replace the folder if it holds a tokenizer, and nothing else."""
     debug: bool = False
     """Show where in the code an error arises."""
 

@@ -3,7 +3,6 @@ makes padding masks.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -218,19 +217,18 @@ def _weighted(collator: Collator, batch: tuple[list[dict[str, Any]], float]) -> 
 
 
 def data_digest(*parts: bytes | np.ndarray) -> str:
-    """SHA-256 of what a run learns from, for its checkpoints. Of an array that is mapped from a file, whose name says
-    what is in it, the name counts.
-    """
+    """SHA-256 of what a run learns from, for its checkpoints."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.memmap):
-            part = os.path.basename(os.path.dirname(str(part.filename))).encode()
-        elif isinstance(part, np.ndarray) and part.dtype == object:
-            part = repr(part.tolist()).encode()
-        content = part if isinstance(part, bytes) else part.tobytes()
-        digest.update(len(content).to_bytes(8, "little"))
+        content = part if isinstance(part, bytes) else contents(part)
+        digest.update(memoryview(content).nbytes.to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()
+
+
+def contents(array: np.ndarray) -> bytes | memoryview:
+    """What a digest reads of an array: its numbers where they are, not a copy; of objects what they print."""
+    return repr(array.tolist()).encode() if array.dtype == object else np.ravel(array).data
 
 
 def check_digest(state: dict[str, Any], digest: str) -> None:

@@ -2,19 +2,21 @@
 processes, resumable in the middle of an epoch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from funneltfm.data.batching import StepSampler, TokenBudget, check_digest, eval_batches
+from funneltfm.data.batching import StepSampler, TokenBudget, check_digest, contents, data_digest, eval_batches
 from funneltfm.errors import InputError
 
 Example = dict[str, Any]  # input_ids, and what else its task has made
 Batch = dict[str, Any]
 T = TypeVar("T")
+OFFSETS = ".offsets"  # after the name of a field of lists: where each begins and ends
 
 
 class Features(Dataset):
@@ -63,6 +65,21 @@ class Features(Dataset):
     def lengths(self) -> np.ndarray:
         """Tokens of each example."""
         return np.diff(self.ragged["input_ids"][1]) if self.size else np.zeros(0, np.int64)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Of every field; of lists the numbers, and the offsets under a name of their own."""
+        offsets = {f"{name}{OFFSETS}": offsets for name, (_, offsets) in self.ragged.items()}
+        return {name: values for name, (values, _) in self.ragged.items()} | offsets | self.plain
+
+    def digest(self) -> str:
+        """Equal for equal examples, wherever they are kept."""
+        arrays = self.arrays().items()
+        return joint_digest({name: hashlib.sha256(contents(array)).hexdigest() for name, array in arrays})
+
+
+def joint_digest(digests: Mapping[str, str]) -> str:
+    """Of all arrays, by the SHA-256 of each."""
+    return data_digest(*(f"{name} {digest}".encode() for name, digest in sorted(digests.items())))
 
 
 def pad(rows: Sequence[np.ndarray], value: int, length: int, left: bool = False) -> torch.Tensor:

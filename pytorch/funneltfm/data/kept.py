@@ -2,7 +2,7 @@
 
     FOLDER/NAME-KEY/    meta.json    FIELD.npy and, of lists, FIELD.offsets.npy
 
-meta.json holds the key in full, the arrays of the folder and a checksum of each, and a note.
+meta.json holds the key in full, the arrays of the folder with a checksum of each, the digest of all, and a note.
 """
 
 import contextlib
@@ -21,15 +21,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from funneltfm.data.features import Example, Features
+from funneltfm.data.features import OFFSETS, Example, Features, joint_digest
 from funneltfm.errors import InputError, brief
 from funneltfm.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise it when what is stored changes
+_FORMAT = 4  # raise it when what is stored changes
 _AT_ONCE = 4096  # examples that are turned into arrays together
-_OFFSETS = ".offsets"
 _HEADER = 128  # bytes before the numbers of an .npy file of one dimension
 
 
@@ -109,7 +108,7 @@ class _Array:
     """An .npy file of one dimension that grows."""
 
     def __init__(self, path: Path, dtype: np.dtype):
-        self.dtype, self.size, self.crc = dtype, 0, 0
+        self.dtype, self.size, self.crc, self.sha = dtype, 0, 0, hashlib.sha256()
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115  _write closes it
         self.file.write(bytes(_HEADER))
 
@@ -117,6 +116,7 @@ class _Array:
         assert values.dtype == self.dtype, "a field has one type in all examples"
         data = np.ascontiguousarray(values, self.dtype).data
         self.crc = zlib.crc32(data, self.crc)
+        self.sha.update(data)
         self.size += len(data)
         self.file.write(data)
 
@@ -146,11 +146,13 @@ def _write(folder: Path, key: dict[str, Any], examples: Iterable[Example], note:
             for name, (values, offsets) in features.ragged.items():
                 end = arrays[name].size if name in arrays else 0
                 append(name, values)
-                append(name + _OFFSETS, offsets[1 if end else 0 :] + end)
+                append(name + OFFSETS, offsets[1 if end else 0 :] + end)
             for name, values in features.plain.items():
                 append(name, values)
         checks = {name: array.finish() for name, array in arrays.items()}
-    write_json(folder / "meta.json", {"key": key, "size": size, "arrays": checks, "note": note()})
+    digest = joint_digest({name: array.sha.hexdigest() for name, array in arrays.items()})
+    meta = {"key": key, "size": size, "digest": digest, "arrays": checks, "note": note()}
+    write_json(folder / "meta.json", meta)
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -165,13 +167,13 @@ def _read(path: Path, key: dict[str, Any], check: bool = True) -> "Kept":
         if meta["key"] != key:
             raise Damaged("it was made of something else")
         arrays = {name: _mapped(path / f"{name}.npy", *wanted, check=check) for name, wanted in meta["arrays"].items()}
-        size, note = int(meta["size"]), dict(meta["note"])
+        size, digest, note = int(meta["size"]), str(meta["digest"]), dict(meta["note"])
     except (InputError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Damaged(brief(f"{type(error).__name__}: {error}", 200)) from error
-    lists = {name.removesuffix(_OFFSETS) for name in arrays if name.endswith(_OFFSETS)}
-    ragged = {name: (arrays[name], arrays[name + _OFFSETS]) for name in lists}
-    plain = {name: array for name, array in arrays.items() if name.removesuffix(_OFFSETS) not in lists}
-    return Kept(path, ragged, plain, size, note)
+    lists = {name.removesuffix(OFFSETS) for name in arrays if name.endswith(OFFSETS)}
+    ragged = {name: (arrays[name], arrays[name + OFFSETS]) for name in lists}
+    plain = {name: array for name, array in arrays.items() if name.removesuffix(OFFSETS) not in lists}
+    return Kept(path, digest, ragged, plain, size, note)
 
 
 def _mapped(path: Path, dtype: str, size: int, crc: int, *, check: bool) -> np.ndarray:
@@ -191,6 +193,7 @@ class Kept(Features):
     def __init__(
         self,
         path: Path,
+        digest: str,
         ragged: dict[str, tuple[np.ndarray, np.ndarray]],
         plain: dict[str, np.ndarray],
         size: int,
@@ -198,6 +201,11 @@ class Kept(Features):
     ):
         super().__init__(ragged, plain, size)
         self.path, self.note = path, note
+        self._digest = digest
+
+    def digest(self) -> str:
+        """As it was when they were written: nothing is read."""
+        return self._digest
 
     def __reduce__(self) -> Any:
         return _read, (self.path, read_json(self.path / "meta.json", "what is known of the arrays")["key"], False)

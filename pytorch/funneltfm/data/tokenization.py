@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from funneltfm.errors import InputError, brief
+from funneltfm.files import read_json
 
 SYMBOLS = {role: (f"<{role}>", f"[{role.upper()}]") for role in ("pad", "unk", "cls", "sep", "mask")}
 """Role -> the names that a vocabulary may give it, the preferred one first."""
@@ -175,6 +176,22 @@ def get_tokenizer(tokenizer_type: str, tokenizer_path: str | Path, cased: bool =
     if tokenizer_type not in TOKENIZERS:
         raise InputError(f"tokenizer_type must be one of {sorted(TOKENIZERS)}, got {tokenizer_type!r}.")
     return TOKENIZERS[tokenizer_type](tokenizer_path, cased)
+
+
+def check_case(vocabulary: Path, cased: bool) -> None:
+    """An InputError where a tokenizer.json beside a WordPiece vocabulary says otherwise: ids would be wrong."""
+    path = vocabulary.with_name("tokenizer.json")
+    if not path.is_file():
+        return
+    content = read_json(path, "the tokenizer")
+    rules = content.get("normalizer") if isinstance(content, dict) else None
+    parts = [rules, *(rules.get("normalizers") or ())] if isinstance(rules, dict) else []
+    lowers = any(part.get("lowercase") or part.get("type") == "Lowercase" for part in parts if isinstance(part, dict))
+    if lowers == cased:
+        raise InputError(
+            f"{path} says that the pieces of {vocabulary.name} are {'of lower case' if lowers else 'cased'}. "
+            f"{'Leave out' if lowers else 'Give'} --cased."
+        )
 
 
 class _CharTable(dict[int, str]):

@@ -27,8 +27,10 @@ class TokenizerFlags:
     """Pieces at most, special tokens included."""
     min_frequency: int = 2
     """How often two pieces must come together to become one; not for unigram."""
-    lower_case: bool = True
-    """Turn texts into lower case; word_piece takes accents away with it."""
+    lower_case: bool | None = None
+    """Turn texts into lower case; word_piece takes accents away with it. Default: word_piece does, as BERT; bpe and
+    unigram do not, for what is lower case cannot be written with capitals again.
+    """
     alphabet_limit: int = 1000
     """word_piece: characters that the vocabulary has, the most frequent ones; a word with another one is unknown."""
     special_tokens: tuple[str, ...] = ()
@@ -127,15 +129,22 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], flags: Any) -> Any:
 # ---- the models
 
 
+def _lowers(flags: Any) -> bool:
+    """Whether texts are turned into lower case."""
+    return flags.type == "word_piece" if flags.lower_case is None else flags.lower_case
+
+
 def _word_piece(texts: Callable[[], Iterable[str]], flags: Any, special: list[str], unk: str) -> Any:
     """With all characters, alone and inside of a word. The library numbers the latter as it meets them, which is never
     the same; so they are given to it like special tokens, and a model is made anew of the pieces that it finds.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+    lower = _lowers(flags)
+
     def make(model: Any) -> Any:
         tokenizer = Tokenizer(model)
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=flags.lower_case, strip_accents=flags.lower_case)
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=lower)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
         return tokenizer
@@ -167,7 +176,7 @@ def _bpe(texts: Callable[[], Iterable[str]], flags: Any, special: list[str], unk
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    if flags.lower_case:
+    if _lowers(flags):
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -187,7 +196,7 @@ def _unigram(texts: Callable[[], Iterable[str]], flags: Any, special: list[str],
 
     def make(model: Any) -> Any:
         tokenizer = Tokenizer(model)
-        lower = [normalizers.Lowercase()] if flags.lower_case else []
+        lower = [normalizers.Lowercase()] if _lowers(flags) else []
         blanks = normalizers.Replace(Regex(r"\s+"), " ")
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower, blanks, normalizers.Strip()])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -219,10 +228,25 @@ _TYPES: dict[str, Callable[[Callable[[], Iterable[str]], Any, list[str], str], A
 # ---- the folder
 
 
+# What a folder of a tokenizer may hold, by this and earlier versions of transformers.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
+
+
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """An InputError where writing would replace what is there."""
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+    """An InputError where writing would replace what is there; with overwrite, what is more than a tokenizer."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} must be a folder, or nothing yet; it is a file.")
+    held = sorted(path.name for path in folder.iterdir())
+    if held and not overwrite:
         raise InputError(f"{folder} exists and is not empty. Name another folder, or give --overwrite.")
+    foreign = [name for name in held if name not in _FILES] if "tokenizer.json" in held else held
+    if foreign:
+        raise InputError(
+            f"--overwrite replaces a tokenizer alone, but {folder} holds {brief(foreign[0])}. Name another folder, "
+            f"or remove that yourself."
+        )
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, overwrite: bool = False) -> None:
@@ -238,7 +262,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, overwrite: bool = False) -> No
             ids = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
             (new / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in ids), encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            shutil.rmtree(folder)
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -4,7 +4,6 @@ Infilling, with shuffled sentences, is BART's (Lewis et al. 2020, section 2.2): 
 corruption is T5's (Raffel et al. 2020, section 3.1.4): the target is what is missing.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from funneltfm.data.corruption import infilled, n_noise, noise_spans, permuted, 
 from funneltfm.data.features import Example
 from funneltfm.data.text import NO_WORD, TextEncoder
 from funneltfm.errors import InputError
-from funneltfm.tasks.base import Row
 from funneltfm.tasks.masked_lm import Corrupting
 from funneltfm.tasks.seq2seq import Seq2Seq
 
@@ -66,15 +64,13 @@ class Denoising(Seq2Seq, Corrupting):
         own = len(text.sentinel_ids) - self.args.closing_sentinel
         return own if self.args.max_number_of_spans is None else min(own, self.args.max_number_of_spans)
 
-    def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        """Texts are cut (or packed) so that what the encoder sees fits into max_sequence_length: in span corruption
-        they may be longer than that.
-        """
-        if self.spans(text) and not self.args.whole_word_denoising:  # whole words: who knows how many tokens are noise
-            args, n_special = self.args, text.layout.n_special(1)
-            length = unspanned_length(text.room(1), args.probability, args.mean_span_length, self._most_spans(text))
-            text = replace(text, max_length=length + n_special)
-        return super().encode(rows, text, where)
+    def cutting(self, text: TextEncoder) -> TextEncoder:
+        """So that what the encoder sees fits into max_sequence_length: in span corruption texts may be longer."""
+        if not self.spans(text) or self.args.whole_word_denoising:  # whole words: who knows how many tokens are noise
+            return text
+        args, n_special = self.args, text.layout.n_special(1)
+        length = unspanned_length(text.room(1), args.probability, args.mean_span_length, self._most_spans(text))
+        return replace(text, max_length=length + n_special)
 
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
         ids, words = example["input_ids"], example["word_ids"]

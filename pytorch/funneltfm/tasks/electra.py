@@ -29,7 +29,8 @@ class Electra(Detection):
     """masked_lm_weight * the generator's cross entropy + token_detection_weight * the discriminator's binary one.
 
     The discriminator sees the text with the generator's samples at the selected tokens; one that equals the original
-    is an original. No gradient goes through the samples. They depend on seed, epoch and example alone.
+    is an original. No gradient goes through the samples. They depend on seed, epoch and example alone. Every token but
+    padding counts in the discriminator's loss, as in the paper: special ones, which stay as they are, too.
     """
 
     name = "electra"
@@ -55,6 +56,10 @@ class Electra(Detection):
 
     # ---- data
 
+    def originals(self, example: Example, text: TextEncoder) -> Example:
+        real = example.get("attention_mask", np.ones_like(example["input_ids"])) != 0
+        return {"detection_originals": np.where(real, example["input_ids"], IGNORED)}
+
     def prepare(self, example: Example, rng: np.random.Generator, text: TextEncoder) -> Example:
         originals = self.originals(example, text)
         return self.mlm.prepare(example, rng, text) | originals | {"detection_seed": int(rng.integers(2**63))}
@@ -79,6 +84,11 @@ class Electra(Detection):
         own = None if source is None else Path(source) / GENERATOR
         trained = args.pre_trained_generator_model
         if own is not None and not args.pre_trained_generator_config and (own / "config.json").is_file():
+            if "generator_size" in args.given and args.train_dataset is not None and trained is None:
+                raise InputError(
+                    f"--generator_size={args.generator_size} does nothing: {own} has a trained generator. Leave it out "
+                    f"to go on with that one, or give --pre_trained_generator_config for another, from scratch."
+                )
             trained = trained or str(own)
         config = self._config(model.config, trained)
         for name, least in (("vocab_size", None), ("max_position_embeddings", max(args.max_sequence_length))):

@@ -88,7 +88,8 @@ class DetectionFlags:
     """Older name of embedding_sharing tied."""
     generator_size: float = 0.5
     """electra: share of the discriminator's hidden width, heads and feed-forward width that the generator has. With
-    shared embeddings, where those are as wide as the hidden layers, it is the share of the layers.
+    shared embeddings, where those are as wide as the hidden layers, it is the share of the layers. Not for a
+    pre_trained_model with a generator of its own.
     """
 
 
@@ -274,6 +275,28 @@ class GenerationFlags:
     """Ids that are never written."""
     generation_begin_suppress_tokens: tuple[int, ...] | None = None
     """Ids that are not written at the beginning."""
+    generation_bad_words_ids: tuple[str, ...] | None = None
+    """Words that are never written: the ids of each, with commas where it has several, as in 17 5,99."""
+
+
+# Options of generation that people look for, and what there is in their place.
+_GROUPS = "transformers 5 has no groups of beams: give --generation_num_beams, or --generation_do_sample for variety"
+GENERATION_ELSEWHERE = {
+    "generation_max_time": "what is written may not depend on the machine: limit it by --generation_max_new_tokens",
+    "generation_num_return_sequences": "one text is written for each row, the best of --generation_num_beams",
+    "generation_num_beam_groups": _GROUPS,
+    "generation_diversity_penalty": _GROUPS,
+    "generation_penalty_alpha": "transformers 5 has no contrastive search: give --generation_do_sample and "
+    "--generation_top_k or --generation_typical_p",
+    "generation_force_words_ids": "transformers 5 has no constrained beams; --generation_bad_words_ids and "
+    "--generation_suppress_tokens forbid words",
+    "generation_forced_decoder_ids": "the model's generation_config.json says how texts begin: decoder_start_token_id, "
+    "and forced_bos_token_id after it",
+    **dict.fromkeys(
+        ("valid_bleurt_score", "test_bleurt_score"),
+        "BLEURT is in no package of an index: --valid_bert_score and --test_bert_score compare by an encoder too",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,8 +413,8 @@ TASKS: dict[str, tuple[str, frozenset[str]]] = {
     "denoising": (
         "funneltfm.tasks.denoising:Denoising",
         frozenset(DenoisingFlags.__dataclass_fields__)
-        | {"probability", "input_columns", "input_column", "packing", "across_documents", "prepare_data_workers"}
-        | {"max_multi_token_predictions"},
+        | {"probability", "input_columns", "input_column", "packing", "across_documents", "tokenized_dir"}
+        | {"prepare_data_workers", "max_multi_token_predictions"},
     ),
     "summarization": (
         "funneltfm.tasks.summarization:Summarization",

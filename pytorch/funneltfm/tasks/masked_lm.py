@@ -22,7 +22,11 @@ class Unlabelled(Task):
     unlabelled = True
 
     def encode(self, rows: Sequence[Row], text: TextEncoder, where: str) -> list[Example]:
-        return list(self.examples(self.reader.texts(rows, where), text))
+        return list(self.examples(self.reader.texts(rows, where), self.cutting(text)))
+
+    def cutting(self, text: TextEncoder) -> TextEncoder:
+        """What cuts texts to length for `examples`."""
+        return text
 
     def examples(self, rows: Iterable[Sequence[Text]], text: TextEncoder) -> Iterator[Example]:
         """The examples of rows of texts, one after another: one a row, or with --packing or --sentence_pairs blocks of

@@ -51,7 +51,7 @@ class Seq2Seq(PredictsTokens):
                 f"that writes text (bart, t5, mbart, pegasus, longt5, ...), and {config.model_type} is none that "
                 f"AutoModelForSeq2SeqLM has."
             )
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = decoder_positions(config)
         if limit is not None and limit < self.longest_target:
             raise InputError(
                 f"targets of {self.name} may have {self.longest_target} tokens, but the model's decoder takes {limit}. "
@@ -87,6 +87,12 @@ class Seq2Seq(PredictsTokens):
         with replayed(model, hidden):
             logits = model(**self.inputs(model, batch)).logits[:, : labels.shape[1]]
         return logits[labels != IGNORED]
+
+
+def decoder_positions(config: Any) -> int | None:
+    """Tokens that a decoder can be given; None where its positions have no end (T5)."""
+    names = ("max_decoder_position_embeddings", "max_position_embeddings")
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
 
 
 def shifted(model: nn.Module, labels: Tensor) -> Tensor:

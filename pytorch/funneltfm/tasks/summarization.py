@@ -3,6 +3,7 @@
 Trained by teacher forcing; scored by what the model writes (ROUGE, BLEU, BERTScore) and by the loss.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from funneltfm.data.text import Text, TextEncoder
 from funneltfm.errors import InputError, brief
 from funneltfm.tasks.base import IGNORED, Record, Row, identity
 from funneltfm.tasks.multi_token import MultiToken
-from funneltfm.tasks.seq2seq import Seq2Seq, target_ids
+from funneltfm.tasks.seq2seq import Seq2Seq, decoder_positions, target_ids
 
 _PREFIX = "generation_"  # of flags that are generation options of transformers
 # Options that do nothing without another one, and their values that do nothing anyway.
@@ -42,6 +43,8 @@ class Summarization(Seq2Seq):
             for name, value in args.flags().items()
             if name.startswith(_PREFIX) and (name in args.given or (value is not None and value is not False))
         }
+        if words := self.options.get("bad_words_ids"):
+            self.options["bad_words_ids"] = [_ids(word) for word in words]
         self._check()
 
     def _check(self) -> None:
@@ -112,9 +115,11 @@ class Summarization(Seq2Seq):
         if self.options.get("max_new_tokens") is not None:
             limits["max_length"] = None
         given = {name: value for name, value in self.options.items() if name not in limits or value is not None}
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
-            size: Any = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-            if odd := [id for id in self.options.get(name) or () if not 0 <= id < size]:
+        size: Any = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        chosen = {name: self.options.get(name) or () for name in ("suppress_tokens", "begin_suppress_tokens")}
+        chosen["bad_words_ids"] = [id for word in self.options.get("bad_words_ids") or () for id in word]
+        for name, ids in chosen.items():
+            if odd := [id for id in ids if not 0 <= id < size]:
                 raise InputError(f"--generation_{name} must be ids from 0 to {size - 1}, the model's; got {odd[0]}.")
         generation: Any = model.generation_config
         generation.update(**(limits | given))
@@ -136,6 +141,13 @@ class Summarization(Seq2Seq):
             raise InputError(
                 f"texts must have at least {shortest} tokens and at most {longest}, by the flags or the model's "
                 f"generation_config.json. Give another --generation_min_length or --generation_max_length."
+            )
+        limit = decoder_positions(model.config)
+        if limit is not None and longest - 1 > limit:  # the last token is written, and not read
+            raise InputError(
+                f"texts may have {longest} tokens, but the model's decoder takes {limit}. Lower "
+                f"--generation_max_length or --generation_max_new_tokens, or from scratch give "
+                f"--additional_config_kwargs max_position_embeddings=N."
             )
         return made
 
@@ -207,6 +219,20 @@ class Summarization(Seq2Seq):
             row = rows[int(i)]
             label = {"label": self.references(row, "")} if "summarization_labels" in features.ragged else {}
             yield identity(rows, int(i)) | {"prediction": text} | label
+
+
+def _ids(word: str) -> list[int]:
+    """Of a word, from text.
+
+    >>> _ids("5,99")
+    [5, 99]
+    """
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", word):
+        raise InputError(
+            f"--generation_bad_words_ids takes the ids of each word, with commas where it has several, as in 17 5,99; "
+            f"got {brief(repr(word))}."
+        )
+    return [int(part) for part in word.split(",")]
 
 
 def _has(row: Row, column: str) -> bool:

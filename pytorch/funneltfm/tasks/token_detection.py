@@ -1,7 +1,7 @@
 """`random_token_detection` and `cluster_random_token_detection`: which tokens were replaced?
 
-A detector's label is 1 where the token that it sees is not the one that was there. Special tokens and padding have
-none: they are never replaced, and count neither in the loss nor in the scores.
+A detector's label is 1 where the token that it sees is not the one that was there. Special tokens and padding are never
+replaced, so they have none, and count neither in the loss nor in the scores (ELECTRA leaves out padding alone).
 """
 
 import zipfile
@@ -81,9 +81,9 @@ def detection_scores(records: Sequence[Record]) -> dict[str, float]:
 
 
 class Detection(Corrupting):
-    """Binary cross entropy over all tokens that are not special.
+    """Binary cross entropy over all tokens that have a label: all that are not special.
 
-    `prepare` gives "detection_originals": the original tokens, IGNORED at special ones.
+    `prepare` gives "detection_originals": the original tokens, IGNORED where there is no label.
     """
 
     auto = "AutoModelForTokenClassification"
@@ -113,7 +113,7 @@ class Detection(Corrupting):
         return logits if logits.dim() == 2 else logits[..., 0]
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The mean over tokens that are not special; 0 where there is none."""
+        """The mean over tokens with a label; 0 where there is none."""
         labels = detection_labels(batch)
         counted = labels != IGNORED
         losses = F.binary_cross_entropy_with_logits(logits[counted].float(), labels[counted].float(), reduction="sum")
@@ -262,7 +262,10 @@ class ClusterRandomTokenDetection(Detection):
         path, saved = self.args.clusters_filename, Path(source or "") / CLUSTERS
         state = _read_state(saved) if source is not None and saved.is_file() else None
         if path is None and state is None:
-            raise InputError("--clusters_filename is missing: a file with the cluster of each token, a line a token.")
+            raise InputError(
+                "--clusters_filename is missing: a file with the cluster of each token, a line a token "
+                "(`funneltfm cluster-tokens` makes one)."
+            )
         cluster = state["cluster"] if path is None and state is not None else read_clusters(Path(path))
         if state is not None and not np.array_equal(cluster, state["cluster"]):
             raise InputError(

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 import lightning
 import numpy as np
 from lightning import Callback
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from tqdm import tqdm
 
 from funneltfm.errors import Diverged
@@ -38,6 +38,17 @@ class ValidateAt(Callback):
         # Lightning validates when the number of batches is a multiple of this.
         due = ends_step(trainer, batch_idx) and trainer.global_step + 1 in self.steps
         trainer.val_check_batch = 1 if due else sys.maxsize
+
+
+class ValidateLast(Callback):
+    """Validate after the last of `total` steps too, whenever the others are: it may have the best model."""
+
+    def __init__(self, total: int):
+        self.total = total
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if ends_step(trainer, batch_idx) and trainer.global_step + 1 == self.total:
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
 
 
 def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
@@ -93,7 +104,7 @@ class History(Callback):
         self._losses: list[float] = []  # of the steps since the last row, of all processes
         self._own: list[tuple[int, Any, Any]] = []  # (step, loss, example indices) of this process's batches
         self._own_examples = self._own_tokens = 0
-        self._since = (0.0, 0)
+        self._since = (0.0, 0, 0)  # seconds, examples and tokens at the last row
         self._tick = 0.0
         self._lr = 0.0
 
@@ -137,11 +148,14 @@ class History(Callback):
             self._check_losses()
         if logs:
             self._pool()
-            seconds, examples = self.train_seconds - self._since[0], self.examples - self._since[1]
-            self._since = self.train_seconds, self.examples
+            now_at = self.train_seconds, self.examples, self.tokens
+            seconds, examples, tokens = (a - b for a, b in zip(now_at, self._since, strict=True))
+            self._since = now_at
             loss = sum(self._losses) / len(self._losses)
             self._losses = []
             values = {"lr": self._lr, "train/loss": loss, "examples_per_second": examples / seconds if seconds else 0.0}
+            if self.tokens:
+                values["tokens_per_second"] = tokens / seconds if seconds else 0.0
             precision = trainer.precision_plugin
             if isinstance(precision, AmpPrecision) and precision.scaler is not None:
                 values |= {"loss_scale": precision.scaler.get_scale(), "skipped_steps": precision.skipped}
@@ -216,7 +230,9 @@ class History(Callback):
         self.rows = state["rows"]
         self.train_seconds, self.examples = state["train_seconds"], state["examples"]
         self.tokens = state.get("tokens", 0)
-        self._losses, self._since = state["losses"], tuple(state["since"])
+        self._losses = state["losses"]
+        seconds, examples, tokens = [*state["since"], self.tokens][:3]  # older runs have no tokens there
+        self._since = seconds, examples, tokens
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -343,8 +359,8 @@ class SaveRun(Checkpoint):
 
 
 class Progress(Callback):
-    """A bar over the whole run with loss, speed and time left; plain lines where the output is no terminal, or
-    without `bar`.
+    """A bar over the whole run with loss, speed and time left, whose lines go to the log file alone; plain lines where
+    the output is no terminal, or without `bar`.
     """
 
     def __init__(self, history: History, bar: bool = True):
@@ -378,24 +394,30 @@ class Progress(Callback):
                 )
                 best = " (best so far)" if row is self.history.best else ""
                 self._say(f"step {row['step']}  epoch {row['epoch']:.2f}  {scores}{best}")
-            elif self._bar is not None:
-                speed = f"ex/s={row['examples_per_second']:.0f}"
-                if self.history.tokens:
-                    speed += f", tokens/s={self.history.tokens_per_second:.0f}"
-                self._bar.set_postfix_str(
-                    f"loss={row['train/loss']:.4f}  {self._train_scores(row)}{speed}", refresh=False
-                )
             else:
-                total = self.history.total
-                left = ((total or row["step"]) - row["step"]) * self.history.train_seconds / row["step"]
-                speed = f"{row['examples_per_second']:.0f} examples/s  "
-                if self.history.tokens:
-                    speed += f"{self.history.tokens_per_second:.0f} tokens/s  "
-                self._say(
-                    f"step {row['step']}/{total or '?'}  epoch {row['epoch']:.2f}  loss {row['train/loss']:.4f}  "
-                    f"{self._train_scores(row)}lr {row['lr']:.2e}  {speed}{tqdm.format_interval(left)} left"
-                )
+                self._show_training(trainer, row)
         self._shown = len(self.history.rows)
+
+    def _show_training(self, trainer: lightning.Trainer, row: dict[str, float]) -> None:
+        """A line; where there is a bar, what it says is shown beside that."""
+        scores, loss = self._train_scores(row), f"{row['train/loss']:.4f}"
+        speeds = {name: row.get(f"{name}_per_second") for name in ("examples", "tokens")}
+        speed = "  ".join(f"{value:.0f} {name}/s" for name, value in speeds.items() if value is not None)
+        self._say(
+            f"step {row['step']}/{self.history.total or '?'}  epoch {row['epoch']:.2f}  loss {loss}  {scores}"
+            f"lr {row['lr']:.2e}  {speed}{self._left(trainer, row['step'])}",
+            in_bar=self._bar is not None,
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss={loss}  {scores}{speed}", refresh=False)
+
+    def _left(self, trainer: lightning.Trainer, step: float) -> str:
+        """How long the run still takes, by its steps or --max_time; nothing where neither says."""
+        total = self.history.total
+        ends = [] if total is None else [(total - step) * self.history.train_seconds / step]
+        timers = (one for one in trainer.callbacks if isinstance(one, Timer))  # type: ignore[attr-defined]
+        ends += [timer.time_remaining() or 0.0 for timer in timers]
+        return f"  {tqdm.format_interval(max(0.0, min(ends)))} left" if ends else ""
 
     def _train_scores(self, row: dict[str, float]) -> str:
         """Of the training batch: F1 and perplexity, and the score that selects the best model."""
@@ -404,10 +426,10 @@ class Progress(Callback):
         shown += [main] if main in row and main not in shown else []
         return "".join(f"{name.removeprefix('train/')} {row[name]:.4f}  " for name in shown)
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, in_bar: bool = False) -> None:
         if self._bar is not None:
             self._bar.clear()
-        log.info(line)
+        log.info(line, extra={"in_bar": in_bar})
         if self._bar is not None:
             self._bar.refresh()
 

@@ -107,7 +107,8 @@ def save_model(heads: Heads, tasks: Sequence[Task], tokenizer: Any, args: Args, 
         target = half if len(tasks) == 1 else half / task.name
         target.mkdir(parents=True)
         task.save(*heads.of_task(task.name), target)
-        tokenizer.save_pretrained(target)
+        for config in sorted(target.rglob("config.json")):  # of what stands beside it too: ELECTRA's generator
+            tokenizer.save_pretrained(config.parent)
     state: dict[str, Any] = {task.name: task.state() for task in tasks}
     write_json(half / "hyperparameters.json", {"flags": given_flags(args), "tasks": state})
     shutil.rmtree(folder, ignore_errors=True)

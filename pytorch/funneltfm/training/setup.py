@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from funneltfm.data.batching import data_digest
 from funneltfm.data.encoding import EncodedSplit, EncodingConfig, load_split
 from funneltfm.data.readers import DatasetSpec, custom_dataset, get_dataset, read_split, source_files
-from funneltfm.data.tokenization import Tokenizer, get_tokenizer
+from funneltfm.data.tokenization import Tokenizer, check_case, get_tokenizer
 from funneltfm.errors import InputError
 from funneltfm.files import existing_file
 from funneltfm.funnel.checkpoints import config_beside, load_checkpoint
@@ -154,6 +154,8 @@ def load_data(args: Args) -> Data:
             f"the training data in {args.data_dir} has one class alone ({', '.join(spec.labels)}): there is nothing "
             f"to learn. Is --label={args.label} the right column? For numbers to predict, give --regression."
         )
+    if args.tokenizer_type == "word_piece":
+        check_case(Path(args.tokenizer_path), args.cased)
     tokenizer = get_tokenizer(args.tokenizer_type, args.tokenizer_path, args.cased)
     encoding = EncodingConfig(args.max_length, args.seg_id_a, args.seg_id_b, args.seg_id_cls)
     wanted = [split for split in spec.splits if split != "train" or not args.test_only]

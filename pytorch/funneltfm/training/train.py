@@ -46,11 +46,11 @@ from funneltfm.data.text import Cuts, TextEncoder
 from funneltfm.errors import InputError, Stopped, brief
 from funneltfm.files import read_json, write_json, write_text
 from funneltfm.tasks.base import Collate, Prepare, Record, Task, encode_rows, full_name, make_tasks
-from funneltfm.tasks.flags import BLOCKS
+from funneltfm.tasks.flags import BLOCKS, GENERATION_ELSEWHERE
 from funneltfm.tasks.heads import Heads, n_token_types
 from funneltfm.tasks.masked_lm import Unlabelled
 from funneltfm.training import ranks
-from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun
+from funneltfm.training.callbacks import BestCheckpoint, History, Leave, Patience, Progress, SaveRun, ValidateLast
 from funneltfm.training.checkpoint_io import WholeCheckpoints, newest_whole
 from funneltfm.training.config import Args, check_accumulate, flag_fields, read_yaml, typed_args
 from funneltfm.training.distillation import Teachers
@@ -126,7 +126,7 @@ def predict(**flags: Any) -> list[dict[str, Any]]:
     for name in ("pre_trained_model", "predict_dataset"):
         if not flags.get(name):
             raise InputError(f"--{name} is missing: prediction needs a model and data.")
-    typed_args(PREDICT_GROUPS, "predict", flags)
+    typed_args(PREDICT_GROUPS, "predict", flags, GENERATION_ELSEWHERE)
     args = make_predict_args(_hyperparameters(flags["pre_trained_model"])["flags"], flags)
     output = flags.get("output_file")
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
@@ -417,6 +417,7 @@ def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str
     """Of tasks that read texts alone; their data are opened where --tokenized_dir has nothing of them."""
     task, text = tasks[0], replace(text, cuts=Cuts())
     assert isinstance(task, Unlabelled)
+    text = task.cutting(text)
     rows = Deferred(" + ".join(sources), lambda: concatenate([_rows(args, stage, source) for source in sources]))
     key = {
         "sources": [source_digest(source, _config(args, stage, source)) for source in sources],
@@ -504,11 +505,8 @@ def _train_loader(
 
 def _digest(args: Args, module: TaskModule, text: TextEncoder) -> str:
     """Of what is learned from and what the best model is chosen by."""
-    arrays = []
-    for split in (module.splits[name] for name in ("train", "valid") if name in module.splits):
-        features = split.features
-        arrays += [*features.plain.values(), *(array for pair in features.ragged.values() for array in pair)]
-    return data_digest(text.fingerprint.encode(), *arrays)
+    parts = (module.splits[name].features.digest() for name in ("train", "valid") if name in module.splits)
+    return data_digest(text.fingerprint.encode(), *(part.encode() for part in parts))
 
 
 def _of_stream(args: Args) -> dict[str, Any]:
@@ -582,6 +580,8 @@ def _fit(
     callbacks: list[Callback] = list(sparsity)
     if keeps:
         callbacks += [history, Progress(history, args.enable_progress_bar)]
+    if valid and total is not None and not args.stochastic_weight_averaging:  # whose end is that of an epoch
+        callbacks.append(ValidateLast(total))
     if valid and saves:
         callbacks.append(best := _best(outputs, main, lower))
         best.since = since
@@ -603,7 +603,7 @@ def _fit(
         max_time=args.max_time,
         limit_train_batches=args.limit_train_batches,
         limit_val_batches=_limit(args, "valid"),
-        val_check_interval=_val_check_interval(args, per_epoch, total),
+        val_check_interval=args.val_check_interval,
         check_val_every_n_epoch=args.check_val_every_n_epoch,
         num_sanity_val_steps=None if args.barebones else args.num_sanity_val_steps,
         log_every_n_steps=None if args.barebones else args.log_every_n_steps,
@@ -685,13 +685,6 @@ def _check_interval(args: Args, n_batches: int) -> None:
             f"--val_check_interval={every}, but an epoch has {n_batches} batches. Lower it, or give "
             f"--check_val_every_n_epoch none to count batches on through all epochs."
         )
-
-
-def _val_check_interval(args: Args, per_epoch: int, total: int | None) -> int | float | None:
-    """--val_check_interval; a run that ends within its first epoch is validated at its end."""
-    if args.val_check_interval is None and total is not None and total < per_epoch:
-        return total * args.accumulate_grad_batches
-    return args.val_check_interval
 
 
 def _limited(n_batches: int, limit: int | float | None) -> int:

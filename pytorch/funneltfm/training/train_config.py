@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from funneltfm.errors import InputError
-from funneltfm.tasks.flags import TASK_GROUPS, WITH_K, GenerationFlags, check_task_flags, own_flags, task_names
+from funneltfm.tasks.flags import (
+    GENERATION_ELSEWHERE,
+    TASK_GROUPS,
+    WITH_K,
+    GenerationFlags,
+    check_task_flags,
+    own_flags,
+    task_names,
+)
 from funneltfm.training.config import Args, Group, SpeedFlags, check_speed_flags, check_workers, flag_fields, typed_args
 from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags, check_optimizer_flags
 from funneltfm.training.sparsity_flags import DistillFlags, SparsityFlags, check_sparsity_flags
@@ -120,14 +128,14 @@ class DatasetFlags:
     predict_shard_dataset: int | None = None
     """Keep every n-th row for prediction only."""
     tokenized_dir: str | None = None
-    """masked_lm, electra and their kind: folder that keeps the tokenised texts for later runs; they stay on the disk,
-    mapped into memory. Default: they are tokenised in every run, and kept in memory.
+    """masked_lm, electra, denoising and their kind: folder that keeps the tokenised texts for later runs; they stay on
+    the disk, mapped into memory. Default: they are tokenised in every run, and kept in memory.
     """
     prepare_data_workers: int = 0
-    """masked_lm, electra and their kind: processes that tokenise; 0 does it in the main process."""
+    """masked_lm, electra, denoising and their kind: processes that tokenise; 0 does it in the main process."""
     clusters_filename: str | None = None
-    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster. A model
-    that was trained so has its own.
+    """cluster_random_token_detection: file with a line for each token, by its id: the number of its cluster
+    (`funneltfm cluster-tokens` makes one). A model that was trained so has its own.
     """
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a broken row of a text file, or a question whose answer is not where it should be: stop, or skip
@@ -192,8 +200,8 @@ class TrainerFlags:
     overfit_batches: int | float = 0.0
     """Train on so many of the first batches only (or this share), and validate on as many: a check of the code."""
     val_check_interval: int | float | None = None
-    """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch, and of a run that
-    is shorter than one.
+    """Validate every so many batches, or every share of an epoch. Default: at the end of each epoch. After the
+    last step of a run there is a validation in any case.
     """
     check_val_every_n_epoch: int | None = 1
     """Validate every so many epochs; none counts the batches of val_check_interval on through all epochs."""
@@ -256,6 +264,7 @@ ELSEWHERE = {
         (f"reload_{stage}_dataset_every_epoch" for stage in ("train", "valid", "test", "predict")),
         "every epoch is drawn anew, by its seed and number",
     ),
+    **GENERATION_ELSEWHERE,
 }
 
 
