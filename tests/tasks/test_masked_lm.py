@@ -139,7 +139,7 @@ def test_perplexity_is_that_of_all_tokens(tiny_tokenizer: Any) -> None:
     assert scores["accuracy"] == np.mean(hits)
     rows = list(task.predict(records, features_of(task, text).take(range(9)), ROWS))
     assert [row["id"] for row in rows] == list(range(9))
-    assert rows[2] == {"id": 2, "loss": None, "selected": 0}
+    assert rows[2] == {"id": 2, "row": 3, "loss": None, "selected": 0}
     assert sum(row["loss"] * row["selected"] for row in rows if row["selected"]) == pytest.approx(sum(nll), rel=1e-6)
     json.dumps(rows)
 

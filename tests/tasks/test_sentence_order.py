@@ -87,10 +87,10 @@ def test_loss_and_scores_are_of_pairs_alone(tokenizers: dict[str, Any]) -> None:
     assert task.train_scores(logits, batch) == {"accuracy": np.mean(right)}
     said = list(task.predict(records, features, ROWS[-3:]))
     assert said[0] == {
-        "id": ROWS[-3]["id"], "prediction": "swapped", "score": round(float(logits[0].softmax(0)[1]), 6),
+        "id": ROWS[-3]["id"], "row": 1, "prediction": "swapped", "score": round(float(logits[0].softmax(0)[1]), 6),
         "label": NAMES[int(labels[0])],
     }  # fmt: skip
-    assert said[2] == {"id": "alone", "prediction": None, "score": None, "label": None}
+    assert said[2] == {"id": "alone", "row": 3, "prediction": None, "score": None, "label": None}
     only = {"sentence_order_labels": torch.tensor([IGNORED])}
     assert task.loss(logits[:1], only).item() == 0
     assert task.train_scores(logits[:1], only) == {}

@@ -111,7 +111,7 @@ def test_prediction_without_labels(tiny_tokenizer: Any) -> None:
         batch = Collate([again], tiny_tokenizer)([features[0]])
         assert "seq_class_labels" not in batch
         (row,) = again.predict(again.record(torch.tensor([[0.0, 1.0]]), batch), features, [{"text": "fox"}])
-        assert row == {"prediction": "pos", "scores": {"neg": 0.268941, "pos": 0.731059}}
+        assert row == {"row": 1, "prediction": "pos", "scores": {"neg": 0.268941, "pos": 0.731059}}
 
 
 def test_regression(tiny_tokenizer: Any) -> None:
@@ -129,7 +129,7 @@ def test_regression(tiny_tokenizer: Any) -> None:
     assert scores["pearson"] == pytest.approx(np.corrcoef(logits[:, 0], features.plain["seq_class_labels"])[0, 1])
     assert scores["spearman"] == pytest.approx(1.0)
     assert list(task.predict(task.record(logits, batch), features, ROWS))[2] == {
-        "id": "r", "prediction": 0.0, "label": 0.25,
+        "id": "r", "row": 3, "prediction": 0.0, "label": 0.25,
     }  # fmt: skip
 
 

@@ -306,7 +306,10 @@ def test_what_was_learned_is_written(
         assert scores["summarization/accuracy"] == 1
     assert results["monitor"] == "valid/summarization/rougeL_fmeasure"
     written = lines(tmp_path / "predictions/run/valid.jsonl")
-    assert written == [{"id": row["id"], "prediction": row["summary"], "label": [row["summary"]]} for row in ROWS]
+    assert written == [
+        {"id": row["id"], "row": i, "prediction": row["summary"], "label": [row["summary"]]}
+        for i, row in enumerate(ROWS, 1)
+    ]
     best = tmp_path / "pre_trained_models/run/best"
     bare = [{"document": row["document"]} for row in ROWS]
     again = predict(

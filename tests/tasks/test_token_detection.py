@@ -131,7 +131,7 @@ def test_loss_and_scores_by_their_formulas(tiny_tokenizer: Any) -> None:
     assert scores["loss"] == pytest.approx(-np.where(y, np.log(p), np.log(1 - p)).mean(), rel=1e-6)
     rows = list(task.predict(records, features_of(task, text).take(range(9)), ROWS))
     assert sum(row["replaced"] for row in rows) == sum(y)
-    assert rows[2] == {"id": 2, "loss": None, "count": 0, "replaced": 0, "found": 0, "false_alarms": 0}
+    assert rows[2] == {"id": 2, "row": 3, "loss": None, "count": 0, "replaced": 0, "found": 0, "false_alarms": 0}
     json.dumps(rows)
 
 

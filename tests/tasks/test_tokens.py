@@ -48,8 +48,8 @@ def test_scores_are_of_all_tokens_together() -> None:
         {"accuracy": found.mean(), "loss": nll.mean(), "perplexity": np.exp(nll.mean())}, rel=1e-6
     )
     first, second, third = TASK.predict(records, features, rows)
-    assert first == {"loss": pytest.approx(nll[:3].mean()), "selected": 3}
-    assert second == {"id": "b", "loss": pytest.approx(nll[3]), "selected": 1}
-    assert third == {"loss": None, "selected": 0}
+    assert first == {"row": 1, "loss": pytest.approx(nll[:3].mean()), "selected": 3}
+    assert second == {"id": "b", "row": 2, "loss": pytest.approx(nll[3]), "selected": 1}
+    assert third == {"row": 3, "loss": None, "selected": 0}
     with pytest.raises(InputError, match="nothing to score"):
         TASK.score(records[2:], features.take([2]), rows)
