@@ -316,7 +316,11 @@ def test_what_was_learned_is_written(
         pre_trained_model=str(best), predict_dataset=write(tmp_path / "bare.jsonl", bare), accelerator="cpu",
         output_file=str(tmp_path / "said.jsonl"),
     )  # fmt: skip
-    assert again == lines(tmp_path / "said.jsonl") == [{"prediction": row["summary"]} for row in ROWS]
+    assert (
+        again
+        == lines(tmp_path / "said.jsonl")
+        == [{"row": i, "prediction": row["summary"]} for i, row in enumerate(ROWS, 1)]
+    )
     if not more.get("max_multi_token_predictions"):
         net = transformers.AutoModelForSeq2SeqLM.from_pretrained(best)
         tokenizer = transformers.AutoTokenizer.from_pretrained(best)
