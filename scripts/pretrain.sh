@@ -53,6 +53,10 @@ else
 fi
 name=${name:-small-electra}
 output_dir=${output_dir:-outputs}
+case " $* " in
+    *" --streaming "* | *" --streaming=true "*) ;; # for what fits nowhere
+    *) flags+=(--tokenized_dir "$output_dir/tokenized") ;;
+esac
 pretrain_dir=${pretrain_dir:-pretrained/$name}
 
 if [ -n "${tokenizer:-}" ]; then
@@ -75,7 +79,7 @@ fi
     --additional_config_kwargs block_size=2_2_2 decoder_size=1 d_model=128 d_embed=128 n_head=2 d_head=64 d_inner=512 \
     separate_cls=true pool_q_only=true truncate_seq=true --embedding_sharing gdes \
     --pre_trained_tokenizer "$tokenizer" --train_dataset "${texts[@]}" \
-    --packing --across_documents --tokenized_dir "$output_dir/tokenized" \
+    --packing --across_documents \
     --batch_size 32 --learning_rate 1e-3 --weight_decay 0.01 --num_warmup_steps 0.1 --gradient_clip_val 1.0 \
     "${flags[@]}" "$@"
 

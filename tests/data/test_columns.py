@@ -123,19 +123,19 @@ def test_conditions(rows, condition, kept):
         with pytest.raises(InputError, match=r"rows\.jsonl with .*none among 4"):
             filtered(rows, [condition])
         with pytest.raises(InputError, match=r"rows\.jsonl with .*none among 4\. .* take fewer"):
-            list(passed(enumerate(rows), [condition], rows.name))
+            list(passed(enumerate(rows), [condition], [rows.name]))
     else:
         assert list(filtered(rows, [condition])) == [rows[i] for i in kept]
-        assert list(passed(enumerate(rows), [condition], rows.name)) == [(i, rows[i]) for i in kept]
+        assert list(passed(enumerate(rows), [condition], [rows.name])) == [(i, rows[i]) for i in kept]
 
 
 def test_conditions_of_a_stream(rows):
-    assert [i for i, _ in passed(enumerate(rows), ["split == dev", "label > 0"], "x")] == [0]
+    assert [i for i, _ in passed(enumerate(rows), ["split == dev", "label > 0"], ["x"])] == [0]
     with pytest.raises(InputError, match=r"x, line or row 2: expected a number on both sides of <, got '8': 'x8'"):
-        list(passed(enumerate(rows), ["id < 8"], "x"))
+        list(passed(enumerate(rows), ["id < 8"], ["x"]))
     with pytest.raises(InputError, match=r"a column of x in the condition 'lable == 2'.* Did you mean 'label'"):
-        list(passed(enumerate(rows), ["lable == 2"], "x"))
-    assert list(passed([], ["label == 2"], "x")) == []
+        list(passed(enumerate(rows), ["lable == 2"], ["x"]))
+    assert list(passed([], ["label == 2"], ["x"])) == []
 
 
 def test_conditions_one_after_another(rows):

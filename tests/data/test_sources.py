@@ -556,6 +556,27 @@ def test_a_stream_of_few_rows(tmp_path):
     assert len(orders) == 6
 
 
+def test_a_stream_of_several_sources(tmp_path):
+    """Each row once, whoever reads it; files of one row are dealt to all."""
+    sources = [put(tmp_path / f"{i}.txt", f"{i}\n") for i in range(4)]
+    sources.append(put(tmp_path / "many.txt", "".join(f"{i}\n" for i in range(4, 50))))
+    stream = stream_rows(sources, buffer=0)
+    numbers = {value(row): stream.number for row in stream}
+    assert list(numbers) == list(range(50))
+    assert [divmod(numbers[i], 5) for i in (2, 4, 49)] == [(1, 2), (1, 4), (46, 4)]  # line, source
+    shares = []
+    for worker in range(4):
+        stream = stream_rows(sources, buffer=3, worker=worker, workers=4)
+        shares.append([value(row) for row in stream if numbers[value(row)] == stream.number])
+    assert sorted(i for share in shares for i in share) == list(range(50))
+    assert all(len({*share} & {0, 1, 2, 3}) == 1 for share in shares)
+    empty = put(tmp_path / "empty.txt", "")
+    with pytest.raises(InputError, match=r"empty\.txt"):
+        list(stream_rows([*sources, empty]))
+    with pytest.raises(InputError, match=r"configuration .*0\.txt lies here"):
+        stream_rows(sources, "en")
+
+
 def test_a_row_does_not_come_before_the_buffer_has_it(tmp_path):
     source = put(tmp_path / "x.txt", "\n".join(map(str, range(1000))))
     order = values(stream_rows(source, buffer=50))

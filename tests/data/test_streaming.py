@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from funneltfm.data.features import Features
-from funneltfm.data.streaming import StreamLoader
+from funneltfm.data.streaming import RowNumbers, StreamLoader
 from funneltfm.errors import InputError
 
 
@@ -38,7 +38,7 @@ def make(examples: list[dict]) -> dict:
 
 def loader(source: str, **more) -> StreamLoader:
     settings = {"batch_size": 4, "seed": 1, "length": 1000, "buffer": 8} | more
-    return StreamLoader(source, encode, prepare, make, **settings)
+    return StreamLoader([source], encode, prepare, make, **settings)
 
 
 def rows(batches) -> list[int]:
@@ -138,7 +138,7 @@ def make_blocks(examples: list[dict]) -> dict:
 
 def block_loader(source: str, **more) -> StreamLoader:
     settings = {"batch_size": 4, "seed": 1, "length": 1000, "buffer": 8, "documents": True} | more
-    return StreamLoader(source, blocks, prepare, make_blocks, **settings)
+    return StreamLoader([source], blocks, prepare, make_blocks, **settings)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_stream_of_text_files_is_of_documents(tmp_path):
         ])  # fmt: skip
 
     seen = [batch["n"].tolist() for batch in islice(StreamLoader(
-        str(path), lines, prepare, make, batch_size=3, seed=0, length=10, buffer=4, documents=True
+        [str(path)], lines, prepare, make, batch_size=3, seed=0, length=10, buffer=4, documents=True
     ), 10)]  # fmt: skip
     assert Counter(n for batch in seen for n in batch) == Counter(range(30))
 
@@ -193,7 +193,7 @@ def test_a_stream_of_text_files_is_of_documents(tmp_path):
 def test_examples_of_one_row_are_spread(source):
     """A row may be an article of many questions."""
     batches = list(islice(StreamLoader(
-        source, blocks, prepare, make_blocks, batch_size=4, seed=1, length=9, buffer=0
+        [source], blocks, prepare, make_blocks, batch_size=4, seed=1, length=9, buffer=0
     ), 3))  # fmt: skip
     assert Counter(pair for batch in batches for pair in batch["pairs"]) == Counter(
         (n, k) for n in range(4) for k in (1, 2, 3)
@@ -208,9 +208,24 @@ def test_groups_without_examples_are_passed_over(source, small_groups, documents
 
     def loader_of(encode) -> StreamLoader:
         return StreamLoader(
-            source, encode, prepare, make, batch_size=1, seed=1, length=9, buffer=0, documents=documents
+            [source], encode, prepare, make, batch_size=1, seed=1, length=9, buffer=0, documents=documents
         )  # fmt: skip
 
     assert Counter(rows(islice(loader_of(first_ones), 9))) == Counter({0: 3, 1: 3, 2: 3})
     with pytest.raises(InputError, match="no row makes an example"):
         next(iter(loader_of(lambda rows: Features.of([]))))
+
+
+def test_a_stream_of_other_data_does_not_go_on(source):
+    first = loader(source)
+    list(islice(first, 3))
+    state = json.loads(json.dumps(first.state_dict()))
+    with open(source, "a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"had \d+ bytes when it was stopped, now it has"):
+        loader(source).load_state_dict(state)
+
+
+def test_names_of_a_streams_examples():
+    assert RowNumbers(["a.txt"])[7 * 2**24 + 3] == "7"
+    assert RowNumbers(["a.txt", "b.txt"])[(7 * 2 + 1) * 2**24 + 3] == "b.txt:7"

@@ -106,16 +106,17 @@ def filtered(rows: Rows, conditions: Sequence[str]) -> Rows:
     return rows
 
 
-def passed(rows: Iterable[Numbered], conditions: Sequence[str], name: str) -> Iterator[Numbered]:
-    """The rows of a stream, each with its number, for which all conditions hold, as in `filtered`. name: the source.
-    The columns are those of the first row.
+def passed(rows: Iterable[Numbered], conditions: Sequence[str], sources: Sequence[str]) -> Iterator[Numbered]:
+    """The rows of a stream, each with its number, for which all conditions hold, as in `filtered`. The columns are
+    those of the first row.
     """
+    name = " + ".join(sources)
     read: list[_Condition] = []
     seen = kept = 0
     for number, row in rows:
         seen += 1
         read = read or [_Condition.read(text, tuple(row), name) for text in conditions]
-        if all(condition.holds(row, partial("{}, line or row {}".format, name, number)) for condition in read):
+        if all(condition.holds(row, partial(_where, number, sources)) for condition in read):
             kept += 1
             yield number, row
     if seen and not kept:
@@ -123,6 +124,11 @@ def passed(rows: Iterable[Numbered], conditions: Sequence[str], name: str) -> It
             f"expected rows of {name} with {', '.join(conditions)}, but there are none among {seen}. Of a stream each "
             f"process and worker needs some: take fewer, or weaker conditions."
         )
+
+
+def _where(number: int, sources: Sequence[str]) -> str:
+    line, which = divmod(number, len(sources))
+    return f"{sources[which]}, line or row {line}"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -519,8 +519,9 @@ def _passes(size: int, start: int, count: int, key: tuple[int, ...]) -> np.ndarr
 class Stream(Iterator[Row]):
     """Rows one after another. rows: each with its number. classes: the names of the integers of columns that have them.
 
-    number: of the row that came last, the line where a text file has it, elsewhere its place in the source; the same
-    whoever reads it, in whatever order.
+    number: of the row that came last, the line where a text file has it, elsewhere its place in the source; of several
+    sources as `divmod(number, how many)` takes it apart, into that and which source. It is the same whoever reads it,
+    in whatever order.
     """
 
     number: int
@@ -545,7 +546,7 @@ class Group(list[Row]):
 
 
 def stream_rows(
-    source: str,
+    source: str | Sequence[str],
     config: str | None = None,
     *,
     seed: int = 0,
@@ -560,7 +561,7 @@ def stream_rows(
     documents: bool = False,
     keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None = None,
 ) -> Stream:
-    """The rows of a source, one after another, in constant memory.
+    """The rows of a source, or of several, one after another, in constant memory. config: of sources on the hub.
 
     Worker `worker` of `workers` in process `rank` of `ranks` has every (ranks * workers)-th row: together they have
     each row once. Where the number of rows cannot be divided, some have one more. Each shuffles its own within
@@ -576,13 +577,28 @@ def stream_rows(
             f"{worker=} {workers=} {buffer=} {taken=}."
         )
     number, of = rank * workers + worker, ranks * workers
-    rows, classes = _stream(source, config, number, of, bad_rows, documents)
-    if number == 0:  # the one worker that has a row if there is any
-        rows = _some(rows, source)
+    sources = [source] if isinstance(source, str) else source
+    anywhere = not any(map(on_hub, sources))  # where no source takes a configuration, the first says so
+    parts: list[Iterator[Numbered]] = []
+    classes: dict[str, list[str]] = {}
+    for which, name in enumerate(sources):
+        first = (number - which) % of  # by turns: each may have a row alone
+        rows, named = _stream(name, config if anywhere or on_hub(name) else None, first, of, bad_rows, documents)
+        if which and named != classes:
+            raise InputError(f"expected the same classes in {sources[0]} and {name}, got {classes} and {named}.")
+        classes = named
+        if first == 0:  # the one worker that has a row of it if there is any
+            rows = _some(rows, name)
+        parts.append(_of_several(rows, which, len(sources)))
+    rows = chain.from_iterable(parts)
     if keep is not None:
         rows = keep(rows)
     rows = _shuffled(rows, buffer, np.random.default_rng([seed, 3, epoch, number]))
     return Stream(islice(rows, taken, None), classes)
+
+
+def _of_several(rows: Iterator[Numbered], which: int, sources: int) -> Iterator[Numbered]:
+    return ((place * sources + which, row) for place, row in rows)
 
 
 def _some(rows: Iterator[Numbered], source: str) -> Iterator[Numbered]:

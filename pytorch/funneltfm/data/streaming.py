@@ -1,5 +1,6 @@
 """Training batches from a corpus that is read as it is needed, without an end; exact to resume."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class _Stream(IterableDataset):
 
     def __init__(
         self,
-        source: str,
+        sources: Sequence[str],
         config: str | None,
         encode: Callable[[list[Row]], Features],
         prepare: Callable[[Example, int], Example],
@@ -39,7 +40,8 @@ class _Stream(IterableDataset):
         documents: bool,
         keep: Callable[[Iterator[Numbered]], Iterator[Numbered]] | None,
     ):
-        self.source, self.config, self.encode, self.prepare = source, config, encode, prepare
+        self.sources, self.config, self.encode, self.prepare = sources, config, encode, prepare
+        self.name = " + ".join(sources)
         self.batch_size, self.seed, self.buffer, self.bad_rows = batch_size, seed, buffer, bad_rows
         self.rank, self.ranks, self.workers, self.keep = rank, ranks, workers, keep
         self.documents, self.group = documents, max(_GROUP, batch_size) if documents else batch_size
@@ -56,7 +58,7 @@ class _Stream(IterableDataset):
             features = self.encode(rows)
             some_in = after[0] if len(features) else some_in
             if after[0] > some_in + 1:
-                raise InputError(f"{self.source}: no row makes an example.")
+                raise InputError(f"{self.name}: no row makes an example.")
             order = np.arange(len(features))
             if self.documents or len(features) != len(rows):
                 number = worker * self.ranks + self.rank
@@ -96,7 +98,7 @@ class _Stream(IterableDataset):
                     rows, places = [], []
             if taken == before == 0:
                 raise InputError(
-                    f"{self.source} has too few rows for {self.ranks} processes with {self.workers} workers: one gets "
+                    f"{self.name} has too few rows for {self.ranks} processes with {self.workers} workers: one gets "
                     f"none. Use fewer."
                 )
             if rows and self.documents:  # no block is made of two passes
@@ -106,7 +108,7 @@ class _Stream(IterableDataset):
 
     def _pass(self, epoch: int, taken: int, worker: int) -> Stream:
         return stream_rows(
-            self.source,
+            self.sources,
             self.config,
             seed=self.seed,
             epoch=epoch,
@@ -123,8 +125,8 @@ class _Stream(IterableDataset):
 
 
 class StreamLoader(DataLoader):
-    """Batches of `batch_size` examples of a source, in an order that depends on (seed, pass, number of processes and
-    workers) alone. A batch has "weight": 1, and "step_sizes" as TrainLoader's have.
+    """Batches of `batch_size` examples of one or more sources, in an order that depends on (seed, pass, number of
+    processes and workers) alone. A batch has "weight": 1, and "step_sizes" as TrainLoader's have.
 
     encode: rows to features, which have "row" (the row's place among these) in ascending order. prepare: as in
     TrainLoader; called with the pass. An example's "index" depends on its row's place in the source alone, not on who
@@ -135,7 +137,7 @@ class StreamLoader(DataLoader):
 
     def __init__(
         self,
-        source: str,
+        sources: Sequence[str],
         encode: Callable[[list[Row]], Features],
         prepare: Callable[[Example, int], Example],
         make: Callable[[list[Example]], Batch],
@@ -156,7 +158,7 @@ class StreamLoader(DataLoader):
     ):
         workers = max(1, num_workers)
         stream = _Stream(
-            source, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents, keep,
+            sources, config, encode, prepare, batch_size, seed, buffer, rank, ranks, workers, bad_rows, documents, keep,
         )  # fmt: skip
         super().__init__(
             stream,
@@ -183,7 +185,12 @@ class StreamLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         positions = [list(position) for position in self.stream.positions]
-        return {"positions": positions, "first": self.stream.first, "taken": self.taken}
+        return {
+            "positions": positions,
+            "first": self.stream.first,
+            "taken": self.taken,
+            "sizes": _sizes(self.stream.sources),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["positions"]) != self.stream.workers:
@@ -191,9 +198,21 @@ class StreamLoader(DataLoader):
                 f"the run was started with --num_workers {len(state['positions'])}, which a stream must keep; now it "
                 f"is {self.stream.workers}."
             )
+        now = _sizes(self.stream.sources)
+        for name, size in state.get("sizes", now).items():
+            if size != now.get(name):
+                raise InputError(
+                    f"the run cannot go on: {name} had {size} bytes when it was stopped, now it has {now.get(name)}. "
+                    "Put the data back, or start another run."
+                )
         self.stream.positions = [(epoch, taken, used) for epoch, taken, used in state["positions"]]
         self.stream.first = state["first"]
         self.taken = state["taken"]
+
+
+def _sizes(sources: Sequence[str]) -> dict[str, int]:
+    """Bytes of those that are files here: a corpus is too large to be read for a digest."""
+    return {name: os.path.getsize(name) for name in sources if os.path.isfile(name)}
 
 
 class _Made:
@@ -206,10 +225,16 @@ class _Made:
 
 
 class RowNumbers(Sequence[str]):
-    """Names of a stream's examples, which are too many to keep: the numbers of their rows."""
+    """Names of a stream's examples, which are too many to keep: the numbers of their rows, of several sources with the
+    source.
+    """
+
+    def __init__(self, sources: Sequence[str]):
+        self.sources = sources
 
     def __getitem__(self, i: Any) -> Any:
-        return str(int(i) // _OF_A_ROW)
+        number, which = divmod(int(i) // _OF_A_ROW, len(self.sources))
+        return str(number) if len(self.sources) == 1 else f"{self.sources[which]}:{number}"
 
     def __len__(self) -> int:
         return 0

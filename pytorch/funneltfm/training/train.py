@@ -385,7 +385,7 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
     if args.streaming:
         for task in tasks:
             if not task.corrupts:
-                task.learn(stream_rows(args.train_dataset[0], buffer=0, **_of_stream(args)))
+                task.learn(stream_rows(args.train_dataset, buffer=0, **_of_stream(args)))
     elif args.train_dataset is not None and args.tokenized_dir is not None:
         splits["train"] = _kept_split(args, tasks, text, "train", args.train_dataset)
     elif args.train_dataset is not None:
@@ -511,7 +511,7 @@ def _digest(args: Args, module: TaskModule, text: TextEncoder) -> str:
 
 def _of_stream(args: Args) -> dict[str, Any]:
     """How the rows of the training stream are read."""
-    keep = functools.partial(passed, conditions=args.train_filter, name=args.train_dataset[0])
+    keep = functools.partial(passed, conditions=args.train_filter, sources=args.train_dataset)
     return {
         "config": args.train_config,
         "bad_rows": args.bad_rows,
@@ -523,10 +523,10 @@ def _of_stream(args: Args) -> dict[str, Any]:
 def _stream_loader(
     args: Args, module: TaskModule, text: TextEncoder
 ) -> tuple[TrainLoader | StreamLoader, Sequence[str] | np.ndarray]:
-    source = args.train_dataset[0]
+    where = f"{' + '.join(args.train_dataset)}, in the stream"
     loader = StreamLoader(
-        source,
-        functools.partial(encode_rows, module.tasks, text=text, where=f"{source}, in the stream", may_be_none=True),
+        args.train_dataset,
+        functools.partial(encode_rows, module.tasks, text=text, where=where, may_be_none=True),
         Prepare(module.tasks, text, args.seed),
         _collate(args, module, text, module.teachers),
         args.batch_size,
@@ -539,7 +539,7 @@ def _stream_loader(
         **_of_stream(args),
         **_loading(args),
     )
-    return loader, RowNumbers()
+    return loader, RowNumbers(args.train_dataset)
 
 
 def _fit(

@@ -517,8 +517,8 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _check_streaming(args: Args) -> None:
-    if args.train_dataset is None or len(args.train_dataset) != 1:
-        raise InputError("--streaming takes one --train_dataset.")
+    if args.train_dataset is None:
+        raise InputError("--streaming needs --train_dataset.")
     if args.max_steps < 0:
         raise InputError("--streaming needs --max_steps: a stream has no end of its own.")
     for flag in (
