@@ -546,8 +546,10 @@ def test_a_stream_is_filtered(data, tmp_path, monkeypatch, workers):
 
     monkeypatch.setattr(train_module.TaskModule, "training_step", training_step)
     odd = "".join(json.dumps({"text": "music music", "label": "odd"}) + "\n" for _ in range(50))
-    (tmp_path / "train.jsonl").write_text(odd + (data / "train.jsonl").read_text() + odd)
-    more = {"train_dataset": [str(tmp_path / "train.jsonl")], "train_filter": ("label != odd", "text ~ t")}
+    (tmp_path / "odd.jsonl").write_text(odd)
+    (tmp_path / "train.jsonl").write_text((data / "train.jsonl").read_text() + odd)
+    both = [str(tmp_path / name) for name in ("odd.jsonl", "train.jsonl")]
+    more = {"train_dataset": both, "train_filter": ("label != odd", "text ~ t")}
     more |= {"streaming": True, "streaming_buffer": 8, "max_steps": 30, "max_epochs": None, "num_workers": workers}
     train(**flags(data, tmp_path / "out", **more))
     config = transformers.AutoConfig.from_pretrained(Outputs(tmp_path / "out", "run").best)
