@@ -1,4 +1,4 @@
-"""Bad inputs of seven kinds: each is refused with a clear error or gives the right result (one page: seven oracles).
+"""Bad inputs of eight kinds: each is refused with a clear error or gives the right result (one page: eight oracles).
 
     python tests/faults/test_bad_inputs.py --count 10000 --seed 1
 
@@ -51,8 +51,10 @@ from funneltfm.funnel.config import ModelConfig, canonical_length
 from funneltfm.funnel.formats import Options as FormatOptions
 from funneltfm.funnel.formats import convert_checkpoint, read_pt
 from funneltfm.funnel.model import FunnelTFM
+from funneltfm.training import train as train_module
 from funneltfm.training.config import flag_fields, make_args
 from funneltfm.training.setup import with_run_flags
+from funneltfm.training.train_config import make_train_args
 
 PACKAGE = Path(funneltfm.__file__).parent
 CPU_SECONDS = 20  # no input may take longer
@@ -1384,14 +1386,98 @@ def check_hf(name: str, content: Any, changes: Any, folder: Path) -> bool:
 
 # ---- all of them
 
+# ---- 8. the data of pipelines
+
+SQUAD = {
+    "version": "v2.0",
+    "data": [{"title": "t", "paragraphs": [{"context": "the cat sat on a mat", "qas": [
+        {"id": "1", "question": "who sat", "answers": [{"text": "cat", "answer_start": 4}], "is_impossible": False},
+        {"id": "2", "question": "who ran", "answers": [], "is_impossible": True},
+    ]}]}],
+}  # fmt: skip
+CHOICE = {"article": "the cat sat", "question": "who sat", "options": ["cat", "mat"], "answer": "A", "id": "1"}
+PIPELINE_DATA: dict[str, tuple[str, bytes, dict[str, Any]]] = {
+    "seq_class": (
+        "x.jsonl", b'{"text": "the cat", "label": "good"}\n{"text": "sat", "label": "bad"}\n',
+        {"input_columns": ["text"]},
+    ),
+    "token_class": ("x.conll", b"the O\ncat B-A\nsat I-A\n\nsat O\n\n", {}),
+    "pos_tagging": (
+        "x.conllu", b"# sent_id = 1\n1\tthe\tthe\tDET\t_\t_\t2\tdet\t_\t_\n2\tcat\tcat\tNOUN\t_\t_\t0\troot\t_\t_\n\n",
+        {"label_column": "upos"},
+    ),
+    "question_answering": ("x.json", json.dumps(SQUAD, indent=1).encode(), {}),
+    "multiple_choice": ("x.jsonl", (json.dumps(CHOICE) + "\n").encode() * 2, {}),
+    "answer_selection": (
+        "x.csv", b"q,s,y,id\nwho sat,the cat,1,1\nwho sat,a mat,0,1\nthe a,cat,1,2\nthe a,sat,0,2\n",
+        {"input_columns": ["q", "s"], "label_column": "y", "index_column": "id"},
+    ),
+    "retrieval": (
+        "x.tsv", b"q\ts\ty\nwho sat\tthe cat\t1\nwho sat\ta mat\t0\n",
+        {"input_columns": ["q", "s"], "label_column": "y"},
+    ),
+    "masked_lm": ("x.txt", b"the cat sat\na mat\n\nthe cat\n", {}),
+    "masked_lm+seq_class": (
+        "x.csv", b"text,label\nthe cat,1\nsat on,0\n", {"input_columns": ["text"]}
+    ),
+}  # fmt: skip
+pipeline_inputs = st.sampled_from(sorted(PIPELINE_DATA)).flatmap(
+    lambda name: st.tuples(st.just(name), spoilt(PIPELINE_DATA[name][1]), st.sampled_from(["error", "skip"]))
+)
+LONGEST = 12
+
+
+@functools.cache
+def word_piece_file() -> str:
+    path = workshop() / "vocab.txt"
+    path.write_bytes(SQUARE)
+    return str(path)
+
+
+def check_pipeline(value: tuple[str, bytes, str], folder: Path) -> bool:
+    """Examples are token ids within the vocabulary and the length, each of a row; labels are of the classes."""
+    pipeline, content, bad_rows = value
+    name, _, flags = PIPELINE_DATA[pipeline]
+    path = folder / name
+    path.write_bytes(content)
+    args = make_train_args(
+        pipeline=pipeline, model="bert", train_dataset=[str(path)], bad_rows=bad_rows, max_sequence_length=LONGEST,
+        pre_trained_tokenizer=word_piece_file(), **flags, **({"doc_stride": 2} if "answering" in pipeline else {}),
+    )  # fmt: skip
+    tasks, text = train_module._tasks(args)
+    accepted, found = outcome(lambda: train_module.load_splits(args, tasks, text), path)
+    if not accepted:
+        return False
+    split = found[0]["train"]
+    features = split.features
+    assert len(features)
+    assert len(split.rows) > max(features.plain["row"])
+    for example in (features[i] for i in range(len(features))):
+        parts = example.get("parts", [len(example["input_ids"])])
+        assert sum(parts) == len(example["input_ids"])
+        assert all(2 <= length <= LONGEST for length in parts)
+        assert all(0 <= i < text.tokenizer.vocab_size for i in example["input_ids"])
+        assert example["input_ids"][0] == text.tokenizer.cls_token_id
+    if pipeline == "seq_class" and bad_rows == "error":
+        lines = [json.loads(line) for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        assert [row["label"] for row in split.rows] == [line["label"] for line in lines]
+    for task in tasks:
+        labels = features.plain.get(f"{task.name}_labels")
+        names = getattr(getattr(task, "labels", None), "names", None)
+        if labels is not None and names:
+            assert {*labels} <= {*range(len(names))}
+    return True
+
+
 KINDS = (
-    Kind("data files", 30, data_inputs, check_data),
-    Kind("vocabularies", 12, vocabulary_inputs, check_vocabulary),
-    Kind("model configs", 15, config_inputs, check_config),
+    Kind("data files", 25, data_inputs, check_data),
+    Kind("vocabularies", 10, vocabulary_inputs, check_vocabulary),
+    Kind("model configs", 12, config_inputs, check_config),
     Kind("checkpoints", 10, checkpoint_inputs, check_checkpoint),
-    Kind("flags", 15, flag_inputs, check_flags),
-    Kind("raw text", 10, text_inputs, check_text),
+    Kind("flags", 12, flag_inputs, check_flags),
+    Kind("raw text", 8, text_inputs, check_text),
     Kind("run folders", 8, folder_inputs, check_folder),
+    Kind("pipeline data", 15, pipeline_inputs, check_pipeline),
 )
 
 

@@ -391,8 +391,9 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
     elif args.train_dataset is not None:
         parts = [_rows(args, "train", source) for source in args.train_dataset]
         rows = concatenate(parts)
-        for task in tasks:
-            task.learn(rows)
+        with _said_of(rows.name):
+            for task in tasks:
+                task.learn(rows)
         splits["train"] = Split("train", rows, encode_rows(tasks, rows, text, rows.name))
         text.cuts.tell(rows.name)
         for task in tasks:
@@ -411,6 +412,15 @@ def load_splits(args: Args, tasks: Sequence[Task], text: TextEncoder) -> tuple[d
             splits[stage] = Split(stage, rows, encode_rows(tasks, rows, text, rows.name))
             text.cuts.tell(rows.name)
     return splits, mixture
+
+
+@contextlib.contextmanager
+def _said_of(source: str) -> Iterator[None]:
+    """Errors name the source."""
+    try:
+        yield
+    except InputError as error:
+        raise (error if source in str(error) else InputError(f"{source}: {error}")) from error
 
 
 def _kept_split(args: Args, tasks: Sequence[Task], text: TextEncoder, stage: str, sources: Sequence[str]) -> Split:
