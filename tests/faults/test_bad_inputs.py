@@ -40,7 +40,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import funneltfm
-from funneltfm.cli.flags import BadFlag
+from funneltfm.cli.flags import BadFlag, FlagParser
 from funneltfm.cli.main import main
 from funneltfm.data.encoding import EncodingConfig, encode_examples
 from funneltfm.data.readers import Example, custom_dataset, get_dataset, read_split
@@ -51,10 +51,11 @@ from funneltfm.funnel.config import ModelConfig, canonical_length
 from funneltfm.funnel.formats import Options as FormatOptions
 from funneltfm.funnel.formats import convert_checkpoint, read_pt
 from funneltfm.funnel.model import FunnelTFM
+from funneltfm.tasks.flags import TASKS
 from funneltfm.training import train as train_module
-from funneltfm.training.config import flag_fields, make_args
+from funneltfm.training.config import choices, flag_fields, item_type, make_args
 from funneltfm.training.setup import with_run_flags
-from funneltfm.training.train_config import make_train_args
+from funneltfm.training.train_config import ELSEWHERE, TRAIN_GROUPS, make_train_args
 
 PACKAGE = Path(funneltfm.__file__).parent
 CPU_SECONDS = 20  # no input may take longer
@@ -984,7 +985,26 @@ other_items = st.one_of(
     ),
 )
 
+TRAIN_FIELDS = flag_fields(TRAIN_GROUPS)
+TRAIN_VALUES = {int: ("1", "5", "-1", "0"), float: ("0.5", "1e-4", "2", "-1"), bool: ("true", "no"), str: ("a", "auto")}
+train_items = st.sampled_from(list(TRAIN_FIELDS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name), st.sampled_from(train_values(name)) | st.sampled_from(VALUES) | st.sampled_from(["none", "1 2"])
+    )
+)
+
+
+def train_values(name: str) -> tuple[str, ...]:
+    """Values of the right form for a flag of `funneltfm train`."""
+    kind = TRAIN_FIELDS[name].type
+    words = choices(kind) or choices(item_type(kind))
+    kinds = [one for one in (kind, item_type(kind), *typing.get_args(kind)) if one in TRAIN_VALUES]
+    return tuple(map(str, words)) if words else tuple(value for one in kinds for value in TRAIN_VALUES[one])
+
+
 flag_inputs = st.one_of(
+    st.tuples(st.just("train"), st.sampled_from(sorted(TASKS)), st.lists(train_items, max_size=4)),
+    st.tuples(st.just("train"), st.sampled_from(sorted(TASKS)), st.lists(train_items, max_size=1)),
     st.tuples(st.just("line"), st.lists(st.one_of(good_items, good_items, wrong_items, flag_items), max_size=5)),
     st.tuples(st.just("line"), st.lists(wrong_items, min_size=1, max_size=1)),
     st.tuples(st.just("line"), st.lists(good_items, max_size=5)),
@@ -1071,6 +1091,8 @@ def check_flags(value: tuple[Any, ...], folder: Path) -> bool:
     how, *rest = value
     if how in ("convert-ckpt", "export"):
         return check_other_verb(how, rest[0], folder)
+    if how == "train":
+        return check_train_flags(*rest)
     config = folder / "run.yaml"
     argv, expected = ["classify"], None
     if how == "text":
@@ -1110,6 +1132,34 @@ def check_flags(value: tuple[Any, ...], folder: Path) -> bool:
         assert expected is not None, f"accepted: {argv}"
         defaults = {name: flag.default for name, flag in FIELDS.items()}
         assert args.flags() == defaults | expected
+    return True
+
+
+@functools.cache
+def train_parser() -> FlagParser:
+    return FlagParser(TRAIN_GROUPS, prog="funneltfm train", elsewhere=ELSEWHERE)
+
+
+def check_train_flags(pipeline: str, items: list[tuple[str, str]]) -> bool:
+    """Flags are of their types, and what was read says the same when it is given again, as resuming does."""
+    words = [word for name, text in items for word in (f"--{name}", *text.split(" ")) if "\0" not in word]
+
+    def read() -> Any:
+        flags, given = train_parser().parse([f"--pipeline={pipeline}", *words])
+        return make_train_args(**{name: flags[name] for name in given})
+
+    accepted, args = outcome(read)
+    if not accepted:
+        return False
+    for name, one in TRAIN_FIELDS.items():
+        value = getattr(args, name)
+        kinds = {one.type, item_type(one.type), *typing.get_args(one.type)}
+        if isinstance(value, tuple):
+            assert item_type(one.type) is not None
+        elif value is not None and not (choices(one.type) and value in (choices(one.type) or ())):
+            assert type(value) in kinds or item_type(one.type) is type(value), f"{name} is {value!r}"
+    again = make_train_args(**{name: getattr(args, name) for name in args.given})
+    assert {name: getattr(again, name) for name in TRAIN_FIELDS} == {name: getattr(args, name) for name in TRAIN_FIELDS}
     return True
 
 
