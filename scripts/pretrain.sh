@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrain a small Funnel-Transformer with ELECTRA on text files.
+# Pretrain a small Funnel-Transformer on text files, with ELECTRA or by masked words.
 #
 #   bash scripts/pretrain.sh                                    the built-in sample, in some minutes on a CPU
 #   bash scripts/pretrain.sh corpus/*.txt --max_steps=100000    your own text
@@ -7,7 +7,8 @@
 # Texts are what `funneltfm train` reads: .txt (an empty line ends a document), .jsonl, .csv, .parquet, dataset folders. Flags
 # after them go to `funneltfm train` and win over what is set here; --resume goes on with a run that was stopped. More:
 #
-#   name=small            what the run is called
+#   objective=electra     or mlm: masked words, which a short pretraining learns more from (docs/reproduce.md)
+#   name=small            what the run is called (default: small-OBJECTIVE)
 #   valid=held-out.txt    text to validate on; the best model is chosen by it
 #   columns="title:body"  columns with the texts, as in --input_columns (default: text), for the tokenizer and the training
 #   tokenizer=FOLDER      a tokenizer that is there. Default: one of vocab_size=8000 pieces is learned from the texts, into
@@ -19,13 +20,22 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 EXTRAS=datasets,hf bash "$ROOT/scripts/setup.sh"
 FUNNELTFM=("$ROOT/.venv/bin/python" -m funneltfm)
 
+objective=${objective:-electra}
+case $objective in
+    electra) task=(--pipeline token_detection_and_masked_lm --embedding_sharing gdes) ;;
+    mlm) task=(--pipeline masked_lm) ;;
+    *)
+        echo "pretrain: objective must be electra or mlm; got $objective" >&2
+        exit 2
+        ;;
+esac
 texts=()
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
     texts+=("$1")
     shift
 done
 if [ ${#texts[@]} -eq 0 ]; then
-    name=${name:-sample-electra}
+    name=${name:-sample-$objective}
     data_dir=${data_dir:-$ROOT/data/sample}
     if [ ! -e "$data_dir/vocab.txt" ]; then "$ROOT/.venv/bin/python" "$ROOT/data-scripts/make_sample.py" "$data_dir"; fi
     texts=("$data_dir/train.jsonl")
@@ -51,7 +61,7 @@ if [ -n "${valid:-}" ]; then
 else
     flags+=(--checkpoint_interval $every)
 fi
-name=${name:-small-electra}
+name=${name:-small-$objective}
 output_dir=${output_dir:-outputs}
 case " $* " in
     *" --streaming "* | *" --streaming=true "*) ;; # for what fits nowhere
@@ -75,9 +85,9 @@ else
         "${FUNNELTFM[@]}" train-tokenizer "${texts[@]}" -o "$tokenizer" "${learn[@]}" $anew
     fi
 fi
-"${FUNNELTFM[@]}" train --pipeline token_detection_and_masked_lm --name "$name" --output_dir "$output_dir" --model funnel \
+"${FUNNELTFM[@]}" train "${task[@]}" --name "$name" --output_dir "$output_dir" --model funnel \
     --additional_config_kwargs block_size=2_2_2 decoder_size=1 d_model=128 d_embed=128 n_head=2 d_head=64 d_inner=512 \
-    separate_cls=true pool_q_only=true truncate_seq=true --embedding_sharing gdes \
+    separate_cls=true pool_q_only=true truncate_seq=true \
     --pre_trained_tokenizer "$tokenizer" --train_dataset "${texts[@]}" \
     --packing --across_documents \
     --batch_size 32 --learning_rate 1e-3 --weight_decay 0.01 --num_warmup_steps 0.1 --gradient_clip_val 1.0 \

@@ -125,15 +125,16 @@ def test_pretrain_sh_wants_a_tokenizer_that_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @NEEDS_VENV
-def test_pretrain_sh_reads_other_columns(tmp_path: Path) -> None:
+def test_pretrain_sh_reads_other_columns_as_a_stream_for_masked_words(tmp_path: Path) -> None:
     rows = [{"title": "The old fox", "body": "ran. It was late."}, {"title": "The dog", "body": "slept."}] * 10
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ("--max_steps=2", "--max_sequence_length=16", "--batch_size=4", "--num_warmup_steps=0")
-    env = {"columns": "title body", "vocab_size": "60", "HF_HUB_OFFLINE": "1"}
+    words = ("--max_steps=2", "--max_sequence_length=16", "--batch_size=4", "--num_warmup_steps=0", "--streaming")
+    env = {"columns": "title body", "objective": "mlm", "vocab_size": "60", "HF_HUB_OFFLINE": "1"}
     done = bash(ROOT / "scripts/pretrain.sh", "texts.jsonl", *words, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
-    vocab = (tmp_path / "pretrained/small-electra/vocab.txt").read_text().split()
+    vocab = (tmp_path / "pretrained/small-mlm/vocab.txt").read_text().split()
     assert {"x", "w"} <= {*vocab}  # of fox and was
+    assert not (tmp_path / "outputs/tokenized").exists()
 
 
 @NEEDS_VENV
