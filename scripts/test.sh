@@ -9,4 +9,4 @@ done
 cd "$ROOT"
 # The files of tests are dealt to as many processes as there are cores, each with one thread.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -132,6 +132,7 @@ def test_auto_class_example(copy: Path) -> None:
     assert run(copy, sys.executable, "-c", PYTHON[2] + "print(type(model).__name__)").strip() == "FunnelTFMModel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in BASH if block not in ELSEWHERE], ids=lambda b: b.split()[0])
 def test_bash_blocks(copy: Path, block: str) -> None:
     stand_ins(copy)

@@ -445,6 +445,7 @@ def test_two_with_half_the_batch_learn_what_one_does(pair: Path, name: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
 @pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`:UserWarning")
 def test_an_apex_that_has_data_parallelism_is_used(pair: Path) -> None:
     alone = train("accumulation", alone=True)
