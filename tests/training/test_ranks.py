@@ -450,7 +450,7 @@ def test_two_with_half_the_batch_learn_what_one_does(pair: Path, name: str) -> N
 def test_an_apex_that_has_data_parallelism_is_used(pair: Path) -> None:
     alone = train("accumulation", alone=True)
     for steps in by_rank(pair, "steps.pt"):
-        assert (steps["apex"]["wrapper"], steps["accumulation"]["wrapper"]) == ("Averaging", "DistributedDataParallel")
+        assert steps["apex"]["wrapper"] == "Averaging"
         for key, expected in alone["weights"].items():
             torch.testing.assert_close(steps["apex"]["weights"][key], expected, atol=1e-6, rtol=0)
 
