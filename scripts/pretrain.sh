@@ -7,7 +7,7 @@
 # Texts are what `funneltfm train` reads: .txt (an empty line ends a document), .jsonl, .csv, .parquet, dataset folders. Flags
 # after them go to `funneltfm train` and win over what is set here; --resume goes on with a run that was stopped. More:
 #
-#   objective=electra     or mlm: masked words, which a short pretraining learns more from (docs/reproduce.md)
+#   objective=electra     or mlm: masked words (after a short pretraining they are level: docs/reproduce.md)
 #   name=small            what the run is called (default: small-OBJECTIVE)
 #   valid=held-out.txt    text to validate on; the best model is chosen by it
 #   columns="title:body"  columns with the texts, as in --input_columns (default: text), for the tokenizer and the training
