@@ -285,6 +285,13 @@ def on_hub(source: str) -> bool:
     return _local(source, None) is None
 
 
+def config_of(source: str, config: str | None, sources: Sequence[str]) -> str | None:
+    """The configuration of one of several sources: those on the hub take it, and where none is there all do, which is
+    an error on opening.
+    """
+    return config if config is None or on_hub(source) or not any(map(on_hub, sources)) else None
+
+
 def source_digest(source: str, config: str | None = None) -> str:
     """SHA-256 of a source's content: of its file, of all files of its folder; of a set on the hub, its fingerprint."""
     path = _local(source, config)
@@ -578,12 +585,11 @@ def stream_rows(
         )
     number, of = rank * workers + worker, ranks * workers
     sources = [source] if isinstance(source, str) else source
-    anywhere = not any(map(on_hub, sources))  # where no source takes a configuration, the first says so
     parts: list[Iterator[Numbered]] = []
     classes: dict[str, list[str]] = {}
     for which, name in enumerate(sources):
         first = (number - which) % of  # by turns: each may have a row alone
-        rows, named = _stream(name, config if anywhere or on_hub(name) else None, first, of, bad_rows, documents)
+        rows, named = _stream(name, config_of(name, config, sources), first, of, bad_rows, documents)
         if which and named != classes:
             raise InputError(f"expected the same classes in {sources[0]} and {name}, got {classes} and {named}.")
         classes = named

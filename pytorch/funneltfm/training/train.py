@@ -35,7 +35,7 @@ from funneltfm.data.sources import (
     Mixture,
     Rows,
     concatenate,
-    on_hub,
+    config_of,
     open_rows,
     shard,
     source_digest,
@@ -459,11 +459,8 @@ def _rows(args: Args, stage: str, source: str) -> Rows:
 
 
 def _config(args: Args, stage: str, source: str) -> str | None:
-    """--STAGE_config; of several training sets those on the hub take it, and where none is there it is an error."""
-    config = getattr(args, f"{stage}_config")
-    if config is None or stage != "train" or on_hub(source):
-        return config
-    return None if any(map(on_hub, args.train_dataset)) else config
+    sources = args.train_dataset if stage == "train" else [source]
+    return config_of(source, getattr(args, f"{stage}_config"), sources)
 
 
 # ---- training
