@@ -5,13 +5,15 @@
     .venv/bin/python benchmarks/lsg.py --sizes 1x4096 --layers 3 --reps 3             # minutes
     .venv/bin/python benchmarks/lsg.py --sizes --layers 3 --contenders longformer "lsg 128/128"     # the plot alone
 
-Measured as by benchmarks/run.py: contenders take turns in one process, medians of wall and of process CPU time. Each
-does so twice in a round, for freed memory makes a difference on a CPU: "back", it goes back to the system, as torch and
-transformers run by default, and "kept", it stays for the next tensor, as in our commands. Ratios are of the same kind;
-the plot is of the first of --freed. Memory is that of a whole process at its peak (mib), and what of it a pass or step
-needs above the model (peak_mib); one process for each contender, and of "back". Weights are random; the vocabulary is
-in proportion to the layers, so that the embeddings have their share of a whole model. A table is printed; JSON and a
-plot against the length go to benchmarks/results.
+Measured as by benchmarks/run.py: contenders take turns in one process, medians of wall and of process CPU time. All is
+measured twice: in "fp32", as torch and transformers run by default, then in "fp32-tuned", as our commands run on a CPU
+(freed memory kept for the next tensor, products by what torch.set_float32_matmul_precision("medium") takes); not by
+turns, for memory that was kept once is hardly ever given back. Ratios are of one precision, but times_default: how many
+times as fast by the wall clock as Longformer in fp32, as it runs by default. The plot is of the first of --precisions.
+Memory is that of a whole process at its peak (mib), and what of it a pass or step needs above the model (peak_mib); one
+process for each contender, in fp32. Weights are random; the vocabulary is in proportion to the layers, so that the
+embeddings have their share of a whole model. A table is printed; JSON and a plot against the length go to
+benchmarks/results.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 from speed import report
-from speed.contenders import freed_memory, wait
+from speed.contenders import precision, wait
 from speed.measure import in_own_process, peak_of, take_turns
 from speed.models import shape_of
 from torch.nn import functional as F
@@ -33,10 +35,12 @@ from torch.nn import functional as F
 OURS = {"lsg 256/0": (256, 0, 2), "lsg 128/128": (128, 128, 2), "lsg 32/32": (32, 32, 4)}  # block, sparse block, factor
 CONTENDERS = ("sdpa", "eager", "longformer", "bigbird", *OURS)
 MODES = ("forward", "train")
+PRECISIONS = ("fp32", "fp32-tuned")
 LONG = 16384  # tokens from which on one round without a warm-up has to do
 COLUMNS = {
-    "size": "", "mode": "", "contender": "", "freed": "", "wall_s": ".3f", "cpu_s": ".3f", "spread": ".0%",
-    "times_wall": ".2f", "times_cpu": ".2f", "mib": ".0f", "of_memory": ".2f", "peak_mib": ".0f", "of_peak": ".2f",
+    "size": "", "mode": "", "contender": "", "precision": "", "wall_s": ".3f", "cpu_s": ".3f", "spread": ".0%",
+    "times_wall": ".2f", "times_cpu": ".2f", "times_default": ".2f", "mib": ".0f", "of_memory": ".2f",
+    "peak_mib": ".0f", "of_peak": ".2f",
 }  # fmt: skip
 
 
@@ -46,7 +50,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="*", type=int, default=[2**i for i in range(9, 16)], help="of the plot")
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
-    parser.add_argument("--freed", nargs="+", default=["back", "kept"], choices=["back", "kept"], help="freed memory")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
@@ -142,33 +146,23 @@ def of_plot(length: int, flags: argparse.Namespace) -> list[str]:
 
 
 def measured(
-    steps: dict[str, Any], size: str, mode: str, freed: list[str], reps: int, warmup: int, seconds: float
+    steps: dict[str, Any], size: str, mode: str, reps: int, warmup: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """A row for each step and each of `freed`."""
-
-    def within(step: Any, kind: str) -> Any:
-        def run() -> None:
-            with freed_memory(kept=kind == "kept"):
-                step()
-
-        return run
-
-    turns = {f"{name}, {kind}": within(step, kind) for name, step in steps.items() for kind in freed}
+    """A row for each step."""
     rows = []
-    for name, times in take_turns(turns, reps, seconds, warmup).items():
+    for name, times in take_turns(steps, reps, seconds, warmup).items():
         print(f"{size}  {mode}  {name}: {times['cpu_s']:.3f} CPU s", file=sys.stderr, flush=True)
-        who, _, kind = name.rpartition(", ")
         spread = (times["cpu_quartiles"][1] - times["cpu_quartiles"][0]) / times["cpu_s"]
-        about = {"size": size, "tokens": shape_of(size)[1], "mode": mode, "contender": who, "freed": kind}
+        about = {"size": size, "tokens": shape_of(size)[1], "mode": mode, "contender": name}
         rows.append(about | times | {"spread": spread})
     return rows
 
 
 def time_models(
-    names: list[str], size: str, mode: str, flags: argparse.Namespace, freed: list[str], reps: int, warmup: int = 1
+    names: list[str], size: str, mode: str, flags: argparse.Namespace, reps: int, warmup: int = 1
 ) -> list[dict[str, Any]]:
     steps = {name: step_of(build(name, shape_of(size)[1], flags), size, mode, flags) for name in names}
-    rows = measured(steps, size, mode, freed, reps, warmup, flags.seconds)
+    rows = measured(steps, size, mode, reps, warmup, flags.seconds)
     del steps
     gc.collect()
     return rows
@@ -224,7 +218,26 @@ def time_cores(size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for mode, make in (("core forward", forward), ("core forward+backward", both)):
         steps = {name: make(function) for name, function in functions.items()}
-        rows += measured(steps, size, mode, flags.freed, flags.reps, 1, flags.seconds)
+        rows += measured(steps, size, mode, flags.reps, 1, flags.seconds)
+    return rows
+
+
+def times_of_sizes(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for size in flags.sizes:
+        rows += time_cores(size, flags)
+        for mode in flags.modes:
+            names = [name for name in flags.contenders if not too_large(name, size, mode, flags)]
+            rows += time_models(names, size, mode, flags, flags.reps)
+    return rows
+
+
+def times_of_lengths(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """For the plot: forward passes."""
+    rows = []
+    for length in flags.lengths:
+        rounds = (1, 0) if length >= LONG else (min(3, flags.reps), 1)
+        rows += time_models(of_plot(length, flags), f"1x{length}", "forward", flags, *rounds)
     return rows
 
 
@@ -238,9 +251,12 @@ def compare(rows: list[dict[str, Any]], peaks: dict[str, dict[str, dict[str, flo
         if peak:
             row |= peak | {"mib": peak["before_mib"] + peak["peak_mib"]}
     for row in rows:
-        same = [r for r in rows if all(r[key] == row[key] for key in ("size", "mode", "freed"))]
-        other = next((r for r in same if r["contender"] == "longformer"), same[0])
+        same = [r for r in rows if all(r[key] == row[key] for key in ("size", "mode"))]
+        name = "longformer" if any(r["contender"] == "longformer" for r in same) else same[0]["contender"]
+        others = {r["precision"]: r for r in same if r["contender"] == name}
+        other = others[row["precision"]]
         row["times_wall"], row["times_cpu"] = other["wall_s"] / row["wall_s"], other["cpu_s"] / row["cpu_s"]
+        row["times_default"] = others["fp32"]["wall_s"] / row["wall_s"] if "fp32" in others else None
         for key, share in (("mib", "of_memory"), ("peak_mib", "of_peak")):
             row[share] = row[key] / other[key] if key in row else None
 
@@ -263,15 +279,15 @@ def main() -> None:
         print(json.dumps(child(flags.child[0], flags)))
         return
     rows: list[dict[str, Any]] = []
-    for size in flags.sizes:
-        rows += time_cores(size, flags)
-        for mode in flags.modes:
-            names = [name for name in flags.contenders if not too_large(name, size, mode, flags)]
-            rows += time_models(names, size, mode, flags, flags.freed, flags.reps)
     lengths: list[dict[str, Any]] = []
-    for length in flags.lengths:
-        rounds = (1, 0) if length >= LONG else (min(3, flags.reps), 1)
-        lengths += time_models(of_plot(length, flags), f"1x{length}", "forward", flags, flags.freed[:1], *rounds)
+    for kind in flags.precisions:
+        with precision(kind, flags.device):
+            some = times_of_sizes(flags)
+            if kind == flags.precisions[0]:
+                lengths = times_of_lengths(flags)
+        for row in some + lengths:
+            row.setdefault("precision", kind)
+        rows += some
     peaks = {name: in_own_process([name], flags) for name in flags.contenders}
     compare(rows, peaks)
     compare(lengths, peaks)

@@ -30,18 +30,19 @@ def test_lsg(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["benchmark"], result["settings"]["layers"]) == ("lsg", 1)
-    measured = {(row["contender"], row["mode"], row["freed"]) for row in result["rows"]}
-    for freed in ("back", "kept"):
+    measured = {(row["contender"], row["mode"], row["precision"]) for row in result["rows"]}
+    for precision in ("fp32", "fp32-tuned"):
         for name in ("sdpa", "longformer", "lsg 128/128"):
-            assert {(name, "forward", freed), (name, "train", freed)} <= measured
-        assert {("sdpa", "core forward", freed), ("lsg 128/128", "core forward+backward", freed)} <= measured
+            assert {(name, "forward", precision), (name, "train", precision)} <= measured
+        assert {("sdpa", "core forward", precision), ("lsg 128/128", "core forward+backward", precision)} <= measured
     assert [(row["tokens"], row["contender"]) for row in result["lengths"]] == [
         (512, "sdpa"), (512, "longformer"), (512, "lsg 128/128"), (704, "longformer"), (704, "lsg 128/128")
     ]  # fmt: skip
-    forward = [row for row in result["rows"] if (row["mode"], row["freed"]) == ("forward", "back")]
+    forward = [row for row in result["rows"] if (row["mode"], row["precision"]) == ("forward", "fp32")]
     peaks = {row["contender"]: row["peak_mib"] for row in forward}
     assert peaks["longformer"] > 2 * peaks["lsg 128/128"] > 0  # each its own, not the parent's
     assert all(row["times_cpu"] == 1 for row in result["rows"] if row["contender"] == "longformer")
+    assert all(row["times_default"] > 0 for row in result["rows"])
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     assert "lsg 128/128" in done.stdout
 

@@ -10,7 +10,9 @@ block sees beside the globals are windows that slide over the tokens and over th
 is (source, first, size, step): block i sees rows [first + i step, first + i step + size) of the source.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -354,11 +356,29 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, -torch.inf)
 
 
+@contextlib.contextmanager
+def _small_products() -> Iterator[None]:
+    """Within, no fp32 product is oneDNN's, as torch.set_float32_matmul_precision("medium") has it: the many small ones of
+    fused attention take up to twice as long by it.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or matmul.fp32_precision in ("none", "ieee"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def _forward(chunk: _Chunk, plan: Plan, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Attention of a chunk (count, N, rows, H), and the logarithms of the softmax's sums, which _backward wants."""
     if not plan.dropout:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(chunk.query, chunk.key, chunk.value, attn_mask=chunk.mask, scale=plan.scale)
+        with _small_products():
+            return flash(chunk.query, chunk.key, chunk.value, attn_mask=chunk.mask, scale=plan.scale)
     weights, keep, rescale = _weights(chunk, plan), *_kept(chunk, plan, noise)
     out = weights.mul_(keep) @ chunk.value.transpose(0, 1)
     return out.mul_(rescale).transpose(0, 1), weights.new_empty(0)
@@ -371,7 +391,8 @@ def _backward(
     if not plan.dropout:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         tensors = (grad, chunk.query, chunk.key, chunk.value, out, sums)
-        return flash(*tensors, 0.0, False, attn_mask=chunk.mask, scale=plan.scale)
+        with _small_products():
+            return flash(*tensors, 0.0, False, attn_mask=chunk.mask, scale=plan.scale)
     weights, keep, rescale = _weights(chunk, plan), *_kept(chunk, plan, noise)
     query, key, value, grad, out = (x.transpose(0, 1) for x in (chunk.query, chunk.key, chunk.value, grad, out))
     through = grad * rescale

@@ -140,19 +140,29 @@ class _TakeRows(torch.autograd.Function):
     def forward(ctx, x, rows):
         ctx.save_for_backward(rows)
         ctx.shape = x.shape
-        return x[_all_of(rows)]
+        flat, at = _as_rows(x, rows)
+        return flat.index_select(0, at).view(*rows.shape, -1)
 
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        whole = grad.new_zeros(ctx.shape)
-        whole[_all_of(rows)] = grad
+        batch, heads, tokens, width = ctx.shape
+        whole = grad.new_zeros(batch, tokens, heads, width).transpose(1, 2)  # as projections lie in memory
+        flat, at = _as_rows(whole, rows)
+        flat.index_copy_(0, at, grad.reshape(-1, width))
         return whole, None
 
 
-def _all_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads = (torch.arange(size, device=rows.device) for size in rows.shape[:2])
-    return batch[:, None, None], heads[:, None], rows
+def _as_rows(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory of x (B, N, T, H) as a list of rows (L, H), and where in it rows (B, N, R) of x are: (B * N * R,)."""
+    width = x.shape[3]
+    if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
+        x = x.contiguous()
+    steps = [stride // width for stride in x.stride()[:3]]
+    batch, heads = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    at = (batch * steps[0])[:, None, None] + (heads * steps[1])[:, None] + rows * steps[2]
+    length = 1 + sum((size - 1) * step for size, step in zip(x.shape[:3], steps, strict=True))
+    return x.as_strided((length, width), (width, 1)), at.flatten()
 
 
 def _at_least_float(x: Tensor) -> torch.dtype:
