@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funneltfm.errors import InputError
-from funneltfm.lsg import attention
+from funneltfm.lsg import attention, selection
 from funneltfm.lsg.attention import lsg_attention
 from funneltfm.lsg.selection import SELECTIONS
 from funneltfm.lsg.settings import SPARSITY_TYPES, LSGSettings
@@ -185,6 +185,22 @@ def tensors(tokens, heads=2, width=8, batch=2, seed=0, dtype=torch.float32):
     return [torch.randn(batch, heads, tokens, width, generator=noise).to(dtype) for _ in range(3)]
 
 
+@pytest.mark.parametrize(
+    "layout", [lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT]
+)
+def test_rows_are_taken_from_any_layout(layout):
+    x = layout(tensors(11, heads=3, batch=2)[0])[:, :, 1:]
+    rows = torch.tensor([[[7, 0], [1, 2], [9, 4]], [[3, 5], [6, 8], [0, 9]]])
+    at = rows[..., None].expand(2, 3, 2, x.shape[-1])
+    given, wanted = (x.detach().requires_grad_() for _ in range(2))
+    taken, gathered = selection._TakeRows.apply(given, rows), wanted.gather(2, at)
+    weight = torch.randn(taken.shape, generator=torch.Generator().manual_seed(1))
+    (taken * weight).sum().backward()
+    (gathered * weight).sum().backward()
+    assert torch.equal(taken, gathered)
+    assert torch.equal(given.grad, wanted.grad)
+
+
 def test_there_is_a_selection_for_each_type():
     assert set(SPARSITY_TYPES) == {"none"} | set(SELECTIONS) - {"identity"}
 
@@ -232,6 +248,26 @@ def test_no_token_sees_a_later_one(kind):
     after = lsg_attention(query, key, value, at, causal=True)
     assert torch.equal(before[:, : 1 + 33], after[:, : 1 + 33])
     assert not torch.allclose(before[:, 1 + 33 :], after[:, 1 + 33 :])
+
+
+def test_fused_attention_keeps_its_products_and_the_users_setting():
+    """Under "medium" it gives what it gives without, bit for bit, forward and backward, and "medium" is still set."""
+    at = LSGSettings(block_size=4, sparse_block_size=4, sparsity_factor=2)
+    runs = []
+    before = torch.get_float32_matmul_precision()
+    for name in ("highest", "medium"):
+        leaves = [x.requires_grad_() for x in tensors(40)]
+        torch.set_float32_matmul_precision(name)
+        try:
+            out = lsg_attention(*leaves, at)
+            out.sum().backward()
+            assert torch.get_float32_matmul_precision() == name
+            assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") == (name == "medium")
+        finally:
+            torch.set_float32_matmul_precision(before)
+        runs.append([out, *(x.grad for x in leaves)])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)

@@ -358,8 +358,8 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _small_products() -> Iterator[None]:
-    """Within, no fp32 product is oneDNN's, as torch.set_float32_matmul_precision("medium") has it: the many small ones of
-    fused attention take up to twice as long by it.
+    """Within, no fp32 product is oneDNN's, which torch.set_float32_matmul_precision("medium") asks for: the many small
+    ones of fused attention take up to twice as long by it.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None or matmul.fp32_precision in ("none", "ieee"):
