@@ -103,6 +103,47 @@ def test_a_body_s_masks_go_into_a_model_with_a_head(bert: Make, tmp_path: Path) 
     assert densities(body).sparse == densities(model).sparse
 
 
+def as_bin(folder: Path, kind: str) -> None:
+    """Turn a folder's safetensors into the pickled files of before."""
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if kind == "sharded":
+        parts = {f"pytorch_model-0000{i}-of-00002.bin": dict(list(state.items())[i - 1 :: 2]) for i in (1, 2)}
+        for name, part in parts.items():
+            torch.save(part, folder / name)
+        of = {key: name for name, part in parts.items() for key in part}
+        index = {"metadata": {"total_size": 0}, "weight_map": of}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "sharded"])
+def test_masks_in_pickled_files(kind: str, bert: Make, tmp_path: Path) -> None:
+    model = bert()
+    attach(model, WHOLE)
+    model.save_pretrained(tmp_path)
+    as_bin(tmp_path, kind)
+    plain = type(model).from_pretrained(tmp_path)
+    assert restore_masks(plain, tmp_path)
+    assert same(plain, model)
+    bert().save_pretrained(tmp_path)  # the files that from_pretrained prefers are dense
+    assert read_masks(tmp_path) == {}
+
+
+def test_a_pickled_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=r"cannot read the tensors in .*pytorch_model\.bin"):
+        read_masks(tmp_path)
+
+
+def test_what_is_neither_a_folder_nor_in_the_cache_has_no_masks() -> None:
+    for name in ("no/where", "no-one's model", "a/b/c", "/no/where"):
+        assert read_masks(name) == {}
+
+
 @pytest.mark.parametrize("number", [0.8, 0.9])
 def test_the_compact_file_is_small(number: float, tmp_path: Path) -> None:
     """bits: 1 + 32 (1 - s) in fp32, 1 + 16 (1 - s) in fp16, of 32."""

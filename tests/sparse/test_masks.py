@@ -93,6 +93,30 @@ def test_selecting_nothing_names_what_there_is() -> None:
         attach(mlp(), SparsityConfig(sparsity=0.5, include=["encoder.*"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"include": ["*0.*", "qurey*"]},
+            r"include has the glob 'qurey\*', which fits none of the 2 names .* 0\.weight",
+        ),
+        ({"exclude": ["qurey*"]}, r"exclude has the glob 'qurey\*', which fits none of the 4 names"),
+        ({"distribution": {"0.*": 0.2, "*qurey*": 0.5}}, r"distribution has the glob '\*qurey\*'"),
+        ({"distribution": {"0.*": 0.2}, "exclude": ["0.*"]}, r"distribution has the glob '0\.\*'"),  # of no effect
+    ],
+)
+def test_a_glob_that_fits_nothing_is_named(settings: dict[str, Any], message: str) -> None:
+    model = mlp()
+    with pytest.raises(InputError, match=message):
+        attach(model, SparsityConfig(sparsity=0.5, **settings))
+    assert not sparse_weights(model)
+
+
+def test_what_is_dense_anyway_can_be_excluded() -> None:
+    attach(model := mlp(), SparsityConfig(sparsity=0.5, exclude=["*bias"]))
+    assert len(sparse_weights(model)) == 2
+
+
 def test_a_model_is_made_sparse_once() -> None:
     model = mlp()
     attach(model, SparsityConfig(sparsity=0.5))
@@ -116,6 +140,7 @@ PATTERNS: list[dict[str, Any]] = [
     {"sparsity": 0.75, "pattern": "constant_fan_in"},
     {"sparsity": 0.75, "pattern": "4x1"},
     {"sparsity": 0.75, "pattern": "4x2", "init": "magnitude"},
+    {"sparsity": 0.75, "pattern": "16x16"},
     {"pattern": "2:4"},
     {"pattern": "1:4", "init": "magnitude"},
 ]
@@ -415,3 +440,32 @@ def test_moments_of_what_changed_are_reset_and_no_others(name: str, grown: str) 
             assert not value[old & ~new].any(), key
             mean = was[old & new].mean() if grown == "mean" and ("sq" in key or key in ("square_avg", "sum")) else 0.0
             assert (value[new & ~old] == float(mean)).all(), key
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_moments_in_8_bits_cannot_be_reset(hidden: bool) -> None:
+    """Code 0 is the most negative number. bitsandbytes has its state in a dict of its own, or beside the others'."""
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    codes = {"state1": torch.full((4, 4), 127, dtype=torch.uint8)}
+    optimizer.state[weight] = {"__state__": codes} if hidden else codes
+    old, new = torch.eye(4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
+    with pytest.raises(InputError, match="SGD keeps moments as 8-bit codes"):
+        reset_moments(optimizer, weight, old, new)
+    assert (codes["state1"] == 127).all()
+
+
+def test_moments_of_rows_and_columns_stay() -> None:
+    optimization = pytest.importorskip("transformers.optimization")
+    weight = nn.Parameter(torch.ones(4, 6))
+    optimizer = optimization.Adafactor([weight], 0.1, beta1=0.9, relative_step=False)
+    weight.grad = torch.arange(1.0, 25).view(4, 6)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state[weight])
+    old, new = torch.zeros(4, 6, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)
+    old[0], new[0], new[1, 2], old[0, 5] = True, True, True, False
+    reset_moments(optimizer, weight, old, new, "mean")
+    after = optimizer.state[weight]
+    for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        assert torch.equal(after[name], before[name])
+    assert torch.equal(after["exp_avg"], before["exp_avg"].masked_fill(old ^ new, 0))

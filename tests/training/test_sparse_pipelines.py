@@ -183,6 +183,20 @@ def test_masks_that_are_there_are_not_made_anew(data, tmp_path) -> None:
         train(**flags(data, tmp_path, sparsity=0.8, **again))
     with pytest.raises(InputError, match="--sparsity_init is about new masks"):
         train(**flags(data, tmp_path, sparsity=0.5, sparsity_init="random", **again))
+    for method, option, value in (
+        ("gradual", "include", ("*query*",)),
+        ("gradual", "exclude", ("*query*",)),
+        ("static", "include", ("*query*",)),
+    ):
+        more = {f"sparsity_{option}": value} | METHODS[method]
+        with pytest.raises(InputError, match=f"--sparsity_{option} is about new masks"):
+            train(**flags(data, tmp_path, sparsity=0.5, **more, **again))
+    for method, pattern in (("static", "2x1"), ("static", "constant_fan_in"), ("gradual", "2x1")):
+        more = {"sparsity_pattern": pattern} | METHODS[method]
+        with pytest.raises(
+            InputError, match=f"--sparsity_pattern={pattern}, but .* has masks, which stay; the mask of"
+        ):
+            train(**flags(data, tmp_path, sparsity=0.5, **more, **again))
     train(**flags(data, tmp_path, sparsity=0.5, **again, **METHODS["rigl"]))
     moved = masks_in(Outputs(tmp_path, "again").best)
     shared = {name: float((moved[name] != mask).float().mean()) for name, mask in masks_in(Path(sparse)).items()}
@@ -385,6 +399,9 @@ def test_teachers_that_cannot_be(more: dict[str, Any], message: str, data, teach
         ({"sparsity": 0.5, "sparsity_method": "gradual", "sparsity_init": "random"}, "or rigl or rigl_2021 alone"),
         ({"sparsity": 0.5, "sparsity_method": "gradual", "early_stopping": True}, "--early_stopping would end"),
         ({"sparsity": 1.0}, "from 0 to below 1"),
+        ({"sparsity": 0.5, **METHODS["rigl"], "optimizer": "adamw8bit"}, "give --optimizer adamw, or"),
+        ({"sparsity": 0.5, **METHODS["gradual"], "optimizer": "adam8bit"}, "keeps moments as 8-bit codes"),
+        ({"sparsity": 0.5, "sparsity_exclude": ("*qurey*",)}, r"exclude has the glob '\*qurey\*'"),
         ({"sparsity": 0.5, "sparsity_pattern": "3:2"}, "pattern must be"),
         ({"sparsity": 0.5, "sparsity_include": ("*nothing*",)}, "select no weight of the model"),
         ({"sparsity": 0.5, "sparsity_method": "rigl"}, "the masks would never change"),

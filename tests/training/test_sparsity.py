@@ -35,7 +35,9 @@ from funneltfm.sparse.export import load_sparse, save_sparse
 from funneltfm.sparse.masks import apply_masks, attach, densities, fingerprint, sparse_weights
 from funneltfm.sparse.patterns import Pattern
 from funneltfm.training import ranks
-from funneltfm.training.config import make_args
+from funneltfm.training.config import make_args, typed_args
+from funneltfm.training.optimizer_flags import OptimizerFlags, SchedulerFlags
+from funneltfm.training.optimizers import MAKERS, make_optimizer
 from funneltfm.training.precision import AmpPrecision
 from funneltfm.training.setup import Devices, make_trainer
 from funneltfm.training.sparsity import DensityLogger, DistillProgress, GradualPruning, RigL, StaticSparsity
@@ -138,7 +140,12 @@ class Learner(lightning.LightningModule):
             self.model.norm.bias.grad[0] = self.spoil[self.batch_idx]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.optimizer_name](self.parameters())
+        if self.optimizer_name in OPTIMIZERS:
+            return OPTIMIZERS[self.optimizer_name](self.parameters())
+        more: dict[str, Any] = {"adafactor_beta1": 0.9} if self.optimizer_name == "adafactor" else {}
+        more |= {"optimizer": self.optimizer_name, "learning_rate": 0.01, "weight_decay": 0.1}
+        args = typed_args((("", OptimizerFlags, ()), ("", SchedulerFlags, ())), "train", more)
+        return make_optimizer(self.model, args)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.trainer.precision_plugin, AmpPrecision):
@@ -164,7 +171,7 @@ class Probe(Callback):
             if held.shape == weight.mask.shape:
                 assert not held.detach()[~weight.mask].any(), weight.name
             for key, value in optimizer.state[held].items():
-                if self.moments and value.shape == weight.mask.shape:
+                if self.moments and isinstance(value, Tensor) and value.shape == weight.mask.shape:
                     assert not value[~weight.mask].any(), (weight.name, key)
         self.masks.append({weight.name: weight.mask.clone() for weight in sparse_weights(module)})
         self.steps.append(trainer.global_step)
@@ -251,6 +258,18 @@ def test_under_every_optimizer(model: type[nn.Module], optimizer: str, kind: str
     torch.manual_seed(0)
     learner = fit(KINDS[kind](), Probe(), model=model(), n=6, optimizer=optimizer)
     assert densities(learner).sparse.mask_density == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", MAKERS)
+def test_under_every_optimizer_of_the_command(optimizer: str, kind: str) -> None:
+    if optimizer.endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
+        if kind != "static":
+            pytest.skip("refused where masks change")
+    learner = fit(KINDS[kind](), Probe(), n=8, optimizer=optimizer)
+    assert densities(learner).sparse.mask_density == 0.5
+    assert all(parameter.isfinite().all() for parameter in learner.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -546,6 +565,16 @@ def test_patterns_hold_through_updates(pattern: str) -> None:
         assert int(on.sum()) == round((1 - config.wanted) * on.numel())
 
 
+@pytest.mark.parametrize("kind", [RigL, GradualPruning])
+def test_blocks_of_16_by_16_hold(kind: type[RigL | GradualPruning]) -> None:
+    torch.manual_seed(0)
+    config = SparsityConfig(sparsity=0.75, pattern="16x16", include=["*encoder*"])
+    learner = fit(kind(config, every=2), model=Bert())
+    for weight in sparse_weights(learner):
+        on = weight.units_on(Pattern("16x16"))
+        assert int(on.sum()) == on.numel() // 4, weight.name
+
+
 def test_a_matrix_without_a_gradient_keeps_its_mask() -> None:
     torch.manual_seed(0)
     model = Toy()
@@ -741,6 +770,28 @@ def test_a_config_does_not_replace_the_masks_of_a_folder(tmp_path: Path) -> None
     assert same(before, {weight.name: weight.mask for weight in sparse_weights(again)})
 
 
+def test_a_model_from_the_hub_has_the_masks_of_its_files_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = Bert().bert
+    attach(model, HALF)
+    cache = tmp_path / "models--someone--sparse"
+    commit = "0" * 39 + "1"
+    model.save_pretrained(cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    again = Bert()
+    again.bert = transformers.BertForSequenceClassification.from_pretrained(
+        "someone/sparse", local_files_only=True, cache_dir=tmp_path
+    )
+    assert not sparse_weights(again.bert.train())
+    learner = fit(StaticSparsity(), Probe(), model=again, n=2)
+    assert same(masks_of(learner.model.bert), masks_of(model))
+
+
 def test_masks_are_applied_before_the_first_step() -> None:
     torch.manual_seed(0)
     model = Toy()
@@ -850,6 +901,8 @@ def test_masks_of_another_pattern_are_refused() -> None:
         fit(RigL(SparsityConfig(sparsity=0.5, pattern="constant_fan_in")), model=model)
     with pytest.raises(InputError, match="does not have the pattern 2x1: blocks are cut"):
         fit(RigL(SparsityConfig(sparsity=0.5, pattern="2x1")), model=model)
+    with pytest.raises(InputError, match="does not have the pattern constant_fan_in"):
+        fit(GradualPruning(SparsityConfig(sparsity=0.75, pattern="constant_fan_in")), model=model)
 
 
 def test_masks_change_under_one_optimizer_alone() -> None:

@@ -89,7 +89,7 @@ class SparsityConfig:
         """Whether a weight that goes by these names (several where it is tied) can be sparse."""
         if embedding and not self.embeddings:
             return False
-        return _matches(names, self.include) and not _matches(names, self.exclude)
+        return matches(names, self.include) and not matches(names, self.exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and YAML; SparsityConfig(**it) is equal."""
@@ -102,7 +102,8 @@ def _check_sparsity(name: str, value: Any) -> None:
         raise InputError(f"{name} must be the share of weights that are off, from 0 to below 1; got {value!r}.")
 
 
-def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:
+def matches(names: Sequence[str], globs: Sequence[str]) -> bool:
+    """Whether a glob fits one of the names of a weight."""
     return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
@@ -146,11 +147,25 @@ def total_on(rooms: Sequence[Room], config: SparsityConfig, model_size: int) -> 
 
 
 def allocate(rooms: Sequence[Room], config: SparsityConfig, model_size: int) -> list[int]:
-    """Units that are on in every group of each matrix.
+    """Units that are on in every group of each matrix, at least one. InputError where a matrix would have none.
 
     With count="module" and uniform, every matrix has the number nearest to its own target. Else the numbers add up to
     `total_on`; where a pattern moves several weights at once, to the nearest below that it can make.
     """
+    counts = _nearest(rooms, config, model_size)
+    for room, count in zip(rooms, counts, strict=True):
+        if room.units and not count:
+            own = _own_sparsity(room, config)
+            of = "" if config.pattern == "unstructured" else f" in the pattern {config.pattern}"
+            raise InputError(
+                f"the sparsity {config.wanted if own is None else own:g} leaves {room.names[0]} no weight that is on: "
+                f"its {room.size} weights are on or off {room.quantum} at a time{of}. Lower the sparsity, leave the "
+                f"matrix out with exclude, or choose another pattern."
+            )
+    return counts
+
+
+def _nearest(rooms: Sequence[Room], config: SparsityConfig, model_size: int) -> list[int]:
     fixed = {i: value for i, room in enumerate(rooms) if (value := _own_sparsity(room, config)) is not None}
     wanted = {i: (1 - value) * rooms[i].units for i, value in fixed.items()}
     if config.count == "module" and config.distribution != "erk":
@@ -179,7 +194,7 @@ def allocate(rooms: Sequence[Room], config: SparsityConfig, model_size: int) -> 
 def _own_sparsity(room: Room, config: SparsityConfig) -> float | None:
     if isinstance(config.distribution, str):
         return None
-    return next((value for glob, value in config.distribution.items() if _matches(room.names, (glob,))), None)
+    return next((value for glob, value in config.distribution.items() if matches(room.names, (glob,))), None)
 
 
 def _even(rooms: Sequence[Room], free: Sequence[int], on: int) -> list[float]:

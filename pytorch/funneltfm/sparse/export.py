@@ -3,11 +3,14 @@
 Alphabet: n weights of a matrix, k of them on.
 """
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +104,8 @@ def _load_expanded(auto: Any, folder: Path, **kwargs: Any) -> Any:
 
 
 def restore_masks(model: nn.Module, folder: str | os.PathLike[str]) -> bool:
-    """Give a model loaded from `folder` the masks that are there; False where there are none.
+    """Give a model loaded from `folder`, or by that name from the hub, the masks that are there; False where there are
+    none.
 
     A mask goes to the weight of its name, with or without the prefix of the model below the head. Masks of what this
     model does not have (another head) are left out; the rest must fit.
@@ -122,17 +126,47 @@ def restore_masks(model: nn.Module, folder: str | os.PathLike[str]) -> bool:
 
 
 def read_masks(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The masks in a folder of either form, by the names of their weights; none where there are none."""
-    folder = Path(folder)
-    if (folder / COMPACT).is_file():
-        return read_compact(folder / COMPACT)[1]
-    masks = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    """The masks in a folder of either form, by the names of their weights; none where there are none.
+
+    folder: or a model's name on the hub, whose cached files of the main revision are read. Of another revision give the
+    folder in the cache.
+    """
+    found = local_folder(folder)
+    if found is None:
+        return {}
+    if (found / COMPACT).is_file():
+        return read_compact(found / COMPACT)[1]
+    paths = sorted(found.glob("*.safetensors"))
+    masks: dict[str, Tensor] = {}
+    for path in paths:
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no dict)
-                if name.endswith(SUFFIX) and (mask := file.get_tensor(name)).dtype == torch.bool:
-                    masks[name.removesuffix(SUFFIX)] = mask
-    return masks
+            masks |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(SUFFIX)}  # noqa: SIM118
+    if not any(path.name.startswith("model") for path in paths):  # from_pretrained prefers those
+        for path in sorted(found.glob("pytorch_model*.bin")):
+            masks |= _pickled_masks(path)
+    return {name.removesuffix(SUFFIX): mask for name, mask in masks.items() if mask.dtype == torch.bool}
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path | None:
+    """A folder; or of a model's name on the hub the folder in the cache that from_pretrained has filled. None where
+    neither is.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    with contextlib.suppress(ImportError, ValueError):  # no huggingface_hub; what cannot be a name
+        from huggingface_hub import try_to_load_from_cache
+
+        if isinstance(config := try_to_load_from_cache(str(source), "config.json"), str):
+            return Path(config).parent
+    return None
+
+
+def _pickled_masks(path: Path) -> dict[str, Tensor]:
+    try:  # a file from before torch 1.6 is no zip, and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"cannot read the tensors in {path}: {brief(str(error), 200)}.") from error
+    return {name: value.clone() for name, value in state.items() if name.endswith(SUFFIX)}
 
 
 # ---- the compact form

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from funneltfm.errors import InputError, brief
 from funneltfm.funnel.ops import Dense, EmbeddingLookup
-from funneltfm.sparse.config import Room, SparsityConfig, allocate, total_on
+from funneltfm.sparse.config import Room, SparsityConfig, allocate, matches, total_on
 from funneltfm.sparse.patterns import Pattern, largest
 
 SUFFIX = "_mask"
@@ -166,7 +166,9 @@ def attach(model: nn.Module, config: SparsityConfig) -> list[SparseWeight]:
 
 
 def select(model: nn.Module, config: SparsityConfig) -> list[SparseWeight]:
-    """The weights that `config` would make sparse."""
+    """The weights that `config` would make sparse. InputError where there are none, or where a glob fits nothing: of
+    include a weight that can be sparse, of exclude any parameter, of distribution a weight that is selected.
+    """
     possible = candidates(model)
     weights = [weight for weight in possible if config.selects(weight.aliases, weight.embedding)]
     if not weights:
@@ -175,7 +177,23 @@ def select(model: nn.Module, config: SparsityConfig) -> list[SparseWeight]:
             f"include={list(config.include)}, exclude={list(config.exclude)} select no weight of the model. Weights "
             f"that can be sparse: {brief(names)}{', ...' if len(possible) > 4 else ''}."
         )
+    selected = [name for weight in weights for name in weight.aliases]
+    sparse = [name for weight in possible for name in weight.aliases]
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    _check_globs("include", config.include, sparse)
+    _check_globs("exclude", config.exclude, every)
+    if isinstance(config.distribution, Mapping):
+        _check_globs("distribution", tuple(config.distribution), selected)
     return weights
+
+
+def _check_globs(option: str, globs: Sequence[str], names: Sequence[str]) -> None:
+    for glob in globs:
+        if not matches(names, (glob,)):
+            raise InputError(
+                f"{option} has the glob {glob!r}, which fits none of the {len(names)} names that it is about, such as "
+                f"{brief(', '.join(names[:4]))}. Correct it, or leave it out."
+            )
 
 
 def model_size(model: nn.Module) -> int:
@@ -290,8 +308,19 @@ def reset_moments(optimizer: Optimizer, parameter: Tensor, old: Tensor, new: Ten
     parameter: as the optimizer holds it; old, new: its masks. grown: what second moments of grown weights begin with:
     "zero", or the "mean" of those that stay. With zero, Adam's first step for such a weight is up to
     (1 - beta1) / sqrt(1 - beta2) times the learning rate: 3.2 for (.9, .999), 0.7 for (.9, .98).
+
+    Moments without a number for every weight stay: Adafactor's second one is of rows and columns, so a grown weight
+    takes the steps of its row and column. InputError for 8-bit moments, whose codes 0 are no zeros.
     """
-    for name, value in optimizer.state.get(parameter, {}).items():
+    state = optimizer.state.get(parameter, {})
+    inner = [value for value in state.values() if isinstance(value, dict)]  # where bitsandbytes hides it from FSDP
+    for value in (value for part in (state, *inner) for value in part.values()):
+        if isinstance(value, Tensor) and value.dtype == torch.uint8 and value.shape == parameter.shape:
+            raise InputError(
+                f"{type(optimizer).__name__} keeps moments as 8-bit codes, which cannot be reset for single weights: "
+                f"take an optimizer with moments in full (AdamW), or keep masks as they are with StaticSparsity."
+            )
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             continue
         stays = old & new

@@ -6,11 +6,13 @@ from torch import nn
 
 from funneltfm.errors import InputError
 from funneltfm.sparse.config import SparsityConfig
-from funneltfm.sparse.masks import densities
-from funneltfm.training.sparsity import GradualPruning, RigL, StaticSparsity
+from funneltfm.sparse.masks import densities, sparse_weights
+from funneltfm.sparse.patterns import Pattern
+from funneltfm.training.sparsity import GradualPruning, RigL, StaticSparsity, check_groups
 
-# Of masks that are yet to be made.
+# Of masks that are yet to be made; gradual pruning goes on to a distribution from masks that are there.
 _FRESH = ("init", "rescale", "distribution", "include", "exclude", "embeddings")
+_FRESH_IF_GRADUAL = ("include", "exclude", "embeddings")
 
 
 def sparsity_callbacks(args: Any, model: nn.Module) -> list[StaticSparsity]:
@@ -20,12 +22,12 @@ def sparsity_callbacks(args: Any, model: nn.Module) -> list[StaticSparsity]:
     if args.sparsity is None:
         return [StaticSparsity()] if densities(model).weights else []
     config = sparsity_config(args)
+    _check_masks(args, model)
     begin, end = args.sparsity_begin, args.sparsity_end
     end = 0.75 if end is None else end
     if args.sparsity_method == "gradual":
         begin, curve = 0.25 if begin is None else begin, args.sparsity_schedule or "cubic"
         return [GradualPruning(config, start=begin, end=end, every=args.sparsity_interval, curve=curve)]
-    _check_masks(args, model)
     if args.sparsity_method == "static":
         return [StaticSparsity(config)]
     if args.sparsity_method == "rigl_2021":
@@ -72,12 +74,22 @@ def _check_masks(args: Any, model: nn.Module) -> None:
     found = densities(model)
     if not found.weights:
         return
-    has = 1 - (found.model if args.sparsity_count == "model" else found.sparse).mask_density
-    if given := [f"--sparsity_{name}" for name in _FRESH if f"sparsity_{name}" in args.given]:
+    gradual = args.sparsity_method == "gradual"
+    fresh = _FRESH_IF_GRADUAL if gradual else _FRESH
+    if given := [f"--sparsity_{name}" for name in fresh if f"sparsity_{name}" in args.given]:
         raise InputError(
             f"{given[0]} is about new masks, and {args.pre_trained_model} has masks, which stay. Leave it out."
         )
-    if abs(has - args.sparsity) > 0.01:
+    try:
+        for weight in sparse_weights(model):
+            check_groups(weight, Pattern(args.sparsity_pattern))
+    except InputError as error:
+        raise InputError(
+            f"--sparsity_pattern={args.sparsity_pattern}, but {args.pre_trained_model} has masks, which stay; {error} "
+            f"Leave it out, or give the pattern that they have."
+        ) from error
+    has = 1 - (found.model if args.sparsity_count == "model" else found.sparse).mask_density
+    if not gradual and abs(has - args.sparsity) > 0.01:
         raise InputError(
             f"--sparsity={args.sparsity:g}, but the masks of {args.pre_trained_model} have {has:.4f}, and they stay. "
             f"Give that, or prune further with --sparsity_method gradual."

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from funneltfm.errors import InputError
 from funneltfm.sparse.config import SparsityConfig, allocate, total_on
 from funneltfm.sparse.distill import Distilled
-from funneltfm.sparse.export import restore_masks
+from funneltfm.sparse.export import local_folder, restore_masks
 from funneltfm.sparse.masks import (
     SUFFIX,
     SparseWeight,
@@ -60,7 +59,8 @@ class StaticSparsity(Callback):
     """Keeps the off weights of a model at exactly 0, through every step of every optimizer and precision.
 
     config: makes a dense model sparse before training. None: the model is sparse already, or was loaded by
-        `from_pretrained` from a folder that holds masks, which are then taken from there; a dense model stays dense.
+        `from_pretrained` from a folder, or by a name from the hub, that holds masks, which are then taken from there; a
+        dense model stays dense. (Of another revision than main give `from_pretrained` the folder in the cache.)
         A model that has masks, or whose folder has, keeps them, whatever config says.
 
     Several of the callbacks below work together in one run; one config is enough for all of them.
@@ -197,14 +197,14 @@ class StaticSparsity(Callback):
 
 
 def restore(module: nn.Module) -> bool:
-    """Give the models of `transformers` in a module the masks of the folders that they were loaded from; whether there
-    were any.
+    """Give the models of `transformers` in a module the masks of the folders that they were loaded from, or of the
+    hub's files in the cache; whether there were any.
     """
     seen: set[int] = set()
     found = False
     for part in module.modules():
         folder = getattr(part, "name_or_path", None)
-        if id(part) in seen or not (isinstance(folder, str) and folder and Path(folder).is_dir()):
+        if id(part) in seen or not (isinstance(folder, str) and folder and local_folder(folder)):
             continue
         seen |= {id(inner) for inner in part.modules()}
         if restore_masks(part, folder):
@@ -454,6 +454,8 @@ class GradualPruning(StaticSparsity):
                 f"pruning would end at step {self.last}, but the run ends at step {total:g}: train longer."
             )
         pattern = self.pattern()
+        for weight, _ in held:
+            check_groups(weight, pattern)
         rooms = [weight.room(pattern) for weight, _ in held]
         on = {weight.name: int(weight.units_on(pattern).sum(dim=1).max()) for weight, _ in held}
         if self.config.distribution == "global":

@@ -107,6 +107,12 @@ def check_sparsity_flags(args: Any) -> None:
             "--early_stopping would end gradual pruning before the model is sparse, since scores fall with the density:"
             " leave it out."
         )
+    if args.sparsity is not None and args.sparsity_method != "static" and args.optimizer.endswith("8bit"):
+        raise InputError(
+            f"--optimizer {args.optimizer} keeps moments as 8-bit codes, which cannot be reset for single weights, and "
+            f"--sparsity_method {args.sparsity_method} changes masks: give --optimizer adamw, or --sparsity_method "
+            f"static."
+        )
     for name, fits, expected in (
         ("distill_weight", lambda x: 0 <= x <= 1, "from 0 to 1"),
         ("distill_temperature", lambda x: x > 0, "more than 0"),
