@@ -220,13 +220,16 @@ def test_a_window_as_wide_as_the_text_is_full_attention(kind):
 
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_stands_in_padding_is_not_seen(kind, side):
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_what_stands_in_padding_is_not_seen(kind, side, mask_first):
     """The original's bos_pooling saw groups of padding."""
-    at = LSGSettings(block_size=8, sparse_block_size=8, sparsity_factor=4, sparsity_type=kind, num_global_tokens=2)
+    more = {"num_global_tokens": 2, "mask_first_token": mask_first}
+    at = LSGSettings(block_size=8, sparse_block_size=8, sparsity_factor=4, sparsity_type=kind, **more)
     query, key, value = tensors(2 + 61)
     pad = slice(2, 2 + 19) if side == "left" else slice(-19, None)
     visible = torch.ones(2, 63, dtype=torch.bool)
     visible[1, pad] = False
+    visible[:, 2] &= not mask_first
     torch.manual_seed(0)
     before = lsg_attention(query, key, value, at, visible=visible[:, 2:])
     for x in (query, key, value):

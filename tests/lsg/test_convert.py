@@ -1,6 +1,7 @@
 """Conversion: the original's weights, every model type, and folders that load with and without this package."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from funneltfm.errors import InputError
 from funneltfm.lsg.convert import LSGConverter, check_converted, save_converted
-from funneltfm.lsg.models import ALIASES, MODEL_TYPES, base_class
+from funneltfm.lsg.models import ALIASES, AUTO_CLASSES, MODEL_TYPES, base_class
 from funneltfm.lsg.remote import remote_code
 
 SOURCE = Path(__file__).resolve().parents[2] / "pytorch"
@@ -57,8 +59,6 @@ def save_base(base_config, tmp_path):
 
 @pytest.mark.parametrize(("name", "length"), [("bert", 2048), ("bart", 2048), ("electra", 128)])
 def test_weights_are_the_original_s(fixtures, name, length):
-    from safetensors.torch import load_file
-
     model, tokenizer = LSGConverter(max_sequence_length=length).convert_from_pretrained(fixtures / name / "base")
     want = load_file(fixtures / name / "lsg_weights.safetensors")
     got = model.state_dict()
@@ -277,6 +277,8 @@ def test_half_precision_stays(save_base):
         ({"global_positional_stride": 48}, "must divide 512"),
         ({"global_positional_stride": 0}, "must divide 512"),
         ({"max_sequence_length": 0}, "at least 1"),
+        ({"seed": 10**23}, "seed must be"),
+        ({"resize_lsg": True, "keep_first_global_token": True}, "give one of them"),
     ],
 )
 def test_converters_that_cannot_work_are_refused(options, said):
@@ -294,6 +296,14 @@ def test_converters_that_cannot_work_are_refused(options, said):
         ({"hidden_dropout_prob": "much"}, "refuses model_kwargs"),
         ({"sparsity_type": "norms"}, "must be one of"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "not a multiple of the number of attention heads"),
+        ({"hidden_size": -8}, r"model_kwargs \(hidden_size\)"),
+        ({"output_attentions": True}, "no weights to show"),
+        ({"dtype": "bfloat16"}, "a converted model has its source's"),
+        ({"pass_global_tokens_to_decoder": True}, "no key of LSG bert"),
+        ({"lsh_seed": 10**23}, "lsh_seed must be"),
+        ({"num_lables": 3}, "Did you mean num_labels"),
+        ({"num_labels": 0}, "num_labels must be"),
+        ({"num_labels": 2, "id2label": {0: "a", 1: "b"}}, "num_labels must be"),
         ({"hidden_act": "soft"}, r"model_kwargs \(hidden_act\): 'soft'"),
     ],
 )
@@ -319,8 +329,11 @@ def test_sources_that_do_not_fit_are_refused(save_base, tmp_path):
     folder, _ = save_base("bert")
     with pytest.raises(InputError, match="for sources that are LSG"):
         LSGConverter(resize_lsg=True).convert_from_pretrained(folder)
-    with pytest.raises(InputError, match="cannot read the config"):
+    with pytest.raises(InputError, match=r"there is no folder .*none"):
         LSGConverter().convert_from_pretrained(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty has no config[.]json"):
+        LSGConverter().convert_from_pretrained(tmp_path / "empty")
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(InputError, match="model type 'gpt2'; LSG can be made of albert"):
@@ -328,6 +341,47 @@ def test_sources_that_do_not_fit_are_refused(save_base, tmp_path):
     folder, _ = save_base("bart", max_position_embeddings=1100)
     with pytest.raises(InputError, match="a multiple of 2"):
         LSGConverter(global_positional_stride=1).convert_from_pretrained(folder)
+
+
+def test_sources_that_are_not_whole_are_refused(save_base, tmp_path):
+    folder, _ = save_base("bert")
+    bare, short, cut = (shutil.copytree(folder, tmp_path / name) for name in ("bare", "short", "cut"))
+    for path in bare.glob("tok*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"bare has no tokenizer.*vocab[.]txt"):
+        LSGConverter(700).convert_from_pretrained(bare)
+    weights = load_file(short / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if ".layer.1." not in name}
+    save_file(kept, short / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"short lacks weights of BertForPreTraining.*layer\.1\."):
+        LSGConverter(700).convert_from_pretrained(short)
+    content = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"cannot load .*cut"):
+        LSGConverter(700).convert_from_pretrained(cut)
+    given = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(given | {"intermediate_size": given["intermediate_size"] + 8}))
+    with pytest.raises(InputError, match="cannot load"):
+        LSGConverter(700).convert_from_pretrained(folder)
+
+
+def test_a_new_head_has_the_number_of_labels_that_was_asked_for(save_base):
+    folder, _ = save_base("bert", "AutoModel")
+    model, _ = LSGConverter(700).convert_from_pretrained(folder, "BertForSequenceClassification", num_labels=3)
+    assert model.classifier.out_features == model.config.num_labels == 3
+    assert model.config.label2id["LABEL_2"] == 2
+    folder, _ = save_base("bert", "AutoModelForTokenClassification")
+    with pytest.raises(InputError, match="cannot load"):
+        LSGConverter(700).convert_from_pretrained(folder, num_labels=5)
+
+
+@pytest.mark.parametrize("head", sorted(name["bert"] for name in AUTO_CLASSES.values() if "bert" in name))
+def test_every_head_is_read_back_as_it_was_written(save_base, tmp_path, head):
+    folder, _ = save_base("bert")
+    more = {"is_decoder": True} if head == "BertLMHeadModel" else {}
+    made = LSGConverter(700).convert_from_pretrained(folder, head, block_size=8, sparse_block_size=8, **more)
+    save_converted(*made, tmp_path / "lsg")
+    assert len(check_converted(tmp_path / "lsg", folder, made[0])) == 3
 
 
 def test_a_source_of_more_positions_is_subsampled(save_base):
@@ -350,7 +404,7 @@ def test_a_written_model_is_checked(save_base, tmp_path):
     assert sum("differ by at most 0.0e+00" in line for line in lines) == 2
     with torch.no_grad():
         made[0].get_input_embeddings().weight.add_(1.0)
-    with pytest.raises(InputError, match="gives other outputs"):
+    with pytest.raises(InputError, match=r"has another .*word_embeddings"):
         check_converted(tmp_path / "lsg", folder, made[0])
     with pytest.raises(InputError, match="exists and is not empty"):
         save_converted(*made, tmp_path / "lsg")

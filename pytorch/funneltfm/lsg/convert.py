@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -46,6 +47,10 @@ class LSGConverter:
             raise InputError(
                 f"global_positional_stride must divide {NUM_GLOBAL_ROWS}, got {global_positional_stride}. Try 64."
             )
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed must be 0 to 2**63 - 1, got {seed}.")
+        if resize_lsg and keep_first_global_token:
+            raise InputError("resize_lsg keeps all global tokens, keep_first_global_token but one: give one of them.")
         self.max_sequence_length = max_sequence_length
         self.random_global_init = random_global_init
         self.global_positional_stride = global_positional_stride
@@ -70,6 +75,7 @@ class LSGConverter:
         """
         path = os.fspath(model_name_or_path)
         token = use_auth_token or None
+        model_kwargs = _with_label_names(model_kwargs)
         config = _read_config(path, token)
         is_lsg = config.model_type.removeprefix("lsg-") != config.model_type
         model_type = config.model_type.removeprefix("lsg-")
@@ -79,21 +85,23 @@ class LSGConverter:
         name = _architecture(config, model_type, architecture)
         target = self._target_config(config, model_type, is_lsg, model_kwargs)
         target.architectures = [f"LSG{name}"]
+        for key in ("id2label", "label2id"):  # a head that the source has not is made of this size
+            if key in model_kwargs:
+                setattr(config, key, getattr(target, key))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            tokenizer = _load(AutoTokenizer, path, token)
+            tokenizer = _load_tokenizer(path, token)
             base = model_class(model_type, name) if is_lsg else base_class(model_type, f"/{name}")
-            source = _load(base, path, token, config=config)
+            source = _load_model(base, path, token, config=config)
             try:
                 model = model_class(model_type, name)(target)
-            except (KeyError, ValueError) as error:
+            except (KeyError, ValueError, RuntimeError) as error:
                 keys = ", ".join(model_kwargs) or "none"
                 raise InputError(
                     f"no {name} can be made with these model_kwargs ({keys}): {brief(str(error), 600)}"
                 ) from error
             self._fill(model, source, model_type, tokenizer, is_lsg)
-        if Path(path).is_dir():
-            restore_masks(model, path)  # of a sparse model
+        restore_masks(model, path)  # of a sparse model
         if source.can_generate():
             model.generation_config = source.generation_config
         tokenizer.model_max_length = self.max_sequence_length
@@ -102,10 +110,13 @@ class LSGConverter:
     def _target_config(self, config: Any, model_type: str, is_lsg: bool, given: dict[str, Any]) -> Any:
         known = set(config_class(model_type)().to_dict()) - {"model_type", "auto_map", "architectures"}
         for name in given:
-            if name not in known | set(LSG_KEYS):
-                close = difflib.get_close_matches(name, known, n=1)
+            if name not in known:
+                close = difflib.get_close_matches(name, known | {"num_labels"}, n=1)
                 hint = f" Did you mean {close[0]}?" if close else ""
                 raise InputError(f"model_kwargs has {brief(repr(name))}, which is no key of LSG {model_type}.{hint}")
+        for name, instead in _NOT_HERE.items():
+            if name in given:
+                raise InputError(f"model_kwargs has {name}={brief(repr(given[name]))}: {instead}.")
         if given.get("sparsity_type", "") is None:
             given = given | {"sparsity_type": "none"}
         LSGSettings(**{name: value for name, value in given.items() if name in LSG_KEYS})
@@ -184,8 +195,35 @@ class LSGConverter:
         return table[index].clone()
 
 
+_NOT_HERE = {
+    "output_attentions": "LSG attention has no weights to show; leave it away",
+    "dtype": "a converted model has its source's; convert first, then load with dtype=... or call model.to(...)",
+    "torch_dtype": "a converted model has its source's; convert first, then load with dtype=... or call model.to(...)",
+}
+
+
+def _with_label_names(given: dict[str, Any]) -> dict[str, Any]:
+    """model_kwargs with the names of labels in the place of their number, which is no key of a config."""
+    number = given.get("num_labels")
+    if number is None:
+        return given
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1 or {"id2label", "label2id"} & given.keys():
+        raise InputError(
+            "num_labels must be a whole number from 1 on, without id2label and label2id beside it, got "
+            f"{brief(repr(number))}."
+        )
+    names = {i: f"LABEL_{i}" for i in range(number)}
+    more = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return {name: value for name, value in given.items() if name != "num_labels"} | more
+
+
 def _read_config(path: str, token: Any) -> Any:
     """A config of a type that can be converted."""
+    if Path(path).is_dir():
+        if not Path(path, "config.json").is_file():
+            raise InputError(f"{path} has no config.json: give the folder that save_pretrained wrote.")
+    elif Path(path).is_absolute() or path.startswith("."):
+        raise InputError(f"there is no folder {path}.")
     try:
         values, _ = PreTrainedConfig.get_config_dict(path, token=token)
         kind = values.get("model_type")
@@ -204,8 +242,35 @@ def _read_config(path: str, token: Any) -> Any:
 def _load(cls: Any, path: str, token: Any, **kwargs: Any) -> Any:
     try:
         return cls.from_pretrained(path, token=token, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a tensor of another shape
         raise InputError(f"cannot load {path}: {brief(str(error), 600)}") from error
+
+
+def _load_tokenizer(path: str, token: Any) -> Any:
+    """The source's own; without files transformers makes one up of a few special tokens."""
+    tokenizer = _load(AutoTokenizer, path, token)
+    names = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if Path(path).is_dir() and not any(Path(path, name).is_file() for name in names):
+        raise InputError(
+            f"{path} has no tokenizer, of whose special tokens the global tokens are made (there is none of "
+            f"{', '.join(names)}). Save the model's tokenizer into the folder."
+        )
+    return tokenizer
+
+
+def _load_model(cls: Any, path: str, token: Any, config: Any) -> Any:
+    """A source, of whose weights none but those of a head may be missing."""
+    model, found = _load(cls, path, token, config=config, output_loading_info=True)
+    core = f"{model.base_model_prefix}."
+    headless = model.base_model is model
+    inside = (name for name in found["missing_keys"] if headless or name.startswith(core))
+    missing = sorted(name for name in inside if "pooler" not in name)
+    if missing:
+        raise InputError(
+            f"{path} lacks weights of {cls.__name__}, for example {brief(', '.join(missing[:3]), 300)}: "
+            "is it a checkpoint of another size, or of another model?"
+        )
+    return model
 
 
 def _architecture(config: Any, model_type: str, given: str | None) -> str:
@@ -273,6 +338,10 @@ def check_converted(folder: str | os.PathLike[str], source: str | os.PathLike[st
     their distance to these is told.
     """
     again = type(model).from_pretrained(folder).eval()
+    weights = again.state_dict()
+    for name, value in model.state_dict().items():
+        if name not in weights or not torch.equal(value, weights[name]):
+            raise InputError(f"{folder} has another {name} than the model that was written.")
     settings, config = LSGSettings.of(model.config), _read_config(os.fspath(source), None)
     base, known = None, 0
     if settings.exact_short and not config.model_type.startswith("lsg-"):
@@ -288,11 +357,17 @@ def check_converted(folder: str | os.PathLike[str], source: str | os.PathLike[st
         if length > limit:
             continue
         inputs = _random_inputs(model, length)
-        if not torch.equal(_first_output(model, inputs), _first_output(again, inputs)):
-            raise InputError(f"{folder} gives other outputs than the model that was written, for {length} tokens.")
-        line = f"{length} tokens: read back, the outputs are the same bit for bit"
+        written, read = _first_output(model, inputs), _first_output(again, inputs)
+        difference = float((written - read).abs().max())
+        if not difference <= 1e-5 * max(1.0, float(written.abs().max())):  # memory's layout makes some
+            raise InputError(
+                f"{folder} gives other outputs than the model that was written, for {length} tokens: they differ by "
+                f"{difference:.1e}."
+            )
+        same = "the same bit for bit" if difference == 0 else f"the same to {difference:.1e}"
+        line = f"{length} tokens: read back, the outputs are {same}"
         if base is not None and length <= known and not _is_new_head(base, model):
-            difference = (_first_output(base.eval(), inputs) - _first_output(model, inputs)).abs().max()
+            difference = float((_first_output(base.eval(), inputs) - written).abs().max())
             line += f"; the base model's differ by at most {difference:.1e}"
         lines.append(line)
     return lines

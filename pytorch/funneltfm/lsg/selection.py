@@ -77,10 +77,12 @@ def select_bos_pooling(
 ) -> Stream:
     """The mean of each group, weighted by the softmax of the first token's scores in it."""
     factor = settings.sparsity_factor
-    if visible is None or settings.mask_first_token:
+    if visible is None:
         first = query[:, :, :1]
     else:  # behind padding on the left
         at = visible.int().argmax(-1)[:, :, None, None]
+        if settings.mask_first_token:  # which hides column 0
+            at = at.masked_fill(at == 1, 0)
         first = query.gather(2, at.expand(-1, query.shape[1], 1, query.shape[3]))
     keys, values = key.unflatten(2, (-1, factor)), value.unflatten(2, (-1, factor))
     scores = (keys @ first[:, :, None].transpose(-1, -2)).squeeze(-1) * query.shape[-1] ** -0.5  # (B, N, T/f, f)

@@ -52,6 +52,8 @@ class LSGSettings:
         self._check("num_global_tokens", 1 <= self.num_global_tokens <= NUM_GLOBAL_ROWS, f"1 to {NUM_GLOBAL_ROWS}")
         for name in ("sparse_block_size", "sparsity_factor", "lsh_num_pre_rounds"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
+        fits = self.lsh_seed is None or 0 <= self.lsh_seed < 2**62
+        self._check("lsh_seed", fits, "null or 0 to 2**62 - 1")
         if not self.has_sparse:
             return
         factor, size = self.sparsity_factor, self.block_size
