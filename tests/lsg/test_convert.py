@@ -365,6 +365,38 @@ def test_sources_that_are_not_whole_are_refused(save_base, tmp_path):
         LSGConverter(700).convert_from_pretrained(folder)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_windows_as_wide_as_the_text_give_the_base_model(save_base, model_type):
+    """The first token, masked, is also the first global token: blocks that see all are then full attention."""
+    seq2seq = MODEL_TYPES[model_type].is_encoder_decoder
+    # The original's global tokens are not scaled, and most have no token type.
+    folder, base = save_base(model_type, **({"scale_embedding": False} if seq2seq else {"auto": "AutoModel"}))
+    if not MODEL_TYPES[model_type].token_types:
+        for name, parameter in base.named_parameters():
+            if "token_type" in name:
+                torch.nn.init.zeros_(parameter)
+        base.save_pretrained(folder)
+    wide = {"block_size": 8, "sparse_block_size": 48, "sparsity_factor": 1, "sparsity_type": "norm"}
+    model, tokenizer = LSGConverter(512).convert_from_pretrained(
+        folder, type(base).__name__, mask_first_token=True, exact_short=False, **wide
+    )
+    noise = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 60, (2, 43), generator=noise)
+    ids[:, 0] = tokenizer.bos_token_id
+    mask = torch.ones_like(ids)
+    mask[1, 37:] = 0
+    ids[1, 37:] = base.config.pad_token_id
+    outputs = []
+    for one in (base, model):
+        core = one.get_encoder() if one.config.is_encoder_decoder else one
+        with torch.no_grad():
+            out = core(input_ids=ids, attention_mask=mask).last_hidden_state
+        outputs.append(out[:, -43:][mask.bool()])  # behind the global token, where a decoder is to see it
+    if model.config.is_encoder_decoder:  # whose encoder keeps it as a row of its own
+        outputs = [out[[i for i in range(len(out)) if i not in (0, 43)]] for out in outputs]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5 * max(1, outputs[0].abs().max().item()))
+
+
 def test_a_new_head_has_the_number_of_labels_that_was_asked_for(save_base):
     folder, _ = save_base("bert", "AutoModel")
     model, _ = LSGConverter(700).convert_from_pretrained(folder, "BertForSequenceClassification", num_labels=3)

@@ -101,12 +101,24 @@ def test_outputs_and_gradients_are_the_original_s(case, monkeypatch):
 def test_logits_are_the_original_s(case, monkeypatch):
     case_json, model, inputs = load_case(case, monkeypatch)
     if case_json["lsg_config"]["sparsity_type"] in ("bos_pooling", "lsh"):
-        return
+        pytest.skip("the original leaks, or draws at random")
+    if model.config.is_encoder_decoder and model.config.mask_first_token:
+        pytest.skip(
+            "the original writes into its caller's mask, so that the decoder does not see the first token either"
+        )
+    compared = 0
     for name, x in inputs.items():
         ids = {"input_ids": x.get("input_ids"), "attention_mask": x.get("attention_mask")}
         if "logits" in x:
             valid = x["attention_mask"].bool()
-            torch.testing.assert_close(model(**ids).logits[valid], x["logits"][valid], rtol=0, atol=2e-5, msg=name)
+            got, want = model(**ids).logits[valid], x["logits"][valid]
+        elif "logits_dec9" in x:
+            got, want = model(**ids, decoder_input_ids=x["input_ids"][:, :9]).logits, x["logits_dec9"]
+        else:
+            continue
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1, want.abs().max().item()), msg=name)
+        compared += 1
+    assert compared
 
 
 def test_only_groups_of_padding_differ_from_the_original(fixtures, monkeypatch):
