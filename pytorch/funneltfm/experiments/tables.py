@@ -41,15 +41,17 @@ def masked_lm_rows(runner: "Runner") -> list[Row]:
             path = runner.results(experiment.run_name(stage))
             results = read_json(path, "the results of") if path.is_file() else {}
             original = experiment.original if stage == stages[0] else {}
-            if not results.get("valid") and not original:
+            scored_on = next((name for name in ("valid", "test") if results.get(name)), "")
+            if not scored_on and not original:
                 continue
-            scores = results.get("valid", {})
+            scores = results.get(scored_on, {})
             density = results.get("density")
             rows.append(
                 {
                     "model": experiment.run_name(stage),
                     "steps": str(results.get("steps", "")),
                     "sparsity": f"{1 - density['model']:.4f}" if density else "0" if results else "",
+                    "scored_on": scored_on,
                     "loss": _number(scores.get("masked_lm/loss"), 3),
                     "perplexity": _number(scores.get("masked_lm/perplexity"), 3),
                     "original_loss": _number(original.get("loss"), 3),
