@@ -41,8 +41,8 @@ def test_the_four_rows_have_the_hyper_parameters_of_the_original() -> None:
     rows = ("bert_1mi", "bert_100k", "sparse_80_kd_onecycle_lr", "sparse_80_kd_onecycle_lr_rigl")
     common = {
         "model": "bert", "max_sequence_length": [512], "probability": 0.15, "whole_word_masking": True, "packing": True,
-        "across_documents": True, "batch_size": 8, "global_batch_size": 256, "adamw_betas": [0.9, 0.999], "adamw_epsilon": 1e-8, "weight_decay": 0.01,
-        "gradient_clip_val": 1.0,
+        "across_documents": True, "batch_size": 8, "global_batch_size": 256, "adamw_betas": [0.9, 0.999],
+        "adamw_epsilon": 1e-8, "weight_decay": 0.01, "gradient_clip_val": 1.0,
     }  # fmt: skip
     linear = {"learning_rate": 1e-4, "scheduler": "linear_decay", "num_warmup_steps": 2000}
     one_cycle = {

@@ -175,6 +175,16 @@ def test_a_trained_model_is_made_sparse_by_magnitude(data, tmp_path) -> None:
     assert weight.abs()[mask].min() >= weight.abs()[~mask].max()
 
 
+def test_matrices_have_a_sparsity_of_their_own(data, tmp_path) -> None:
+    train(**flags(data, tmp_path, sparsity=0.5, sparsity_of=("*query*=0.25", "*attention*=0.75"), max_steps=2))
+    masks = masks_in(Outputs(tmp_path, "run").best)
+    found = {name: 1 - mask.float().mean().item() for name, mask in masks.items()}
+    for name, sparsity in found.items():
+        wanted = 0.25 if "query" in name else 0.75 if "attention" in name else 0.5
+        assert sparsity == pytest.approx(wanted, abs=0.01), name
+    assert len({round(sparsity, 1) for sparsity in found.values()}) == 3
+
+
 def test_masks_that_are_there_are_not_made_anew(data, tmp_path) -> None:
     train(**flags(data, tmp_path, sparsity=0.5, max_steps=2))
     sparse = str(Outputs(tmp_path, "run").best)
@@ -279,7 +289,7 @@ def test_a_cut_run_ends_bit_equal(at_step: int, more: dict[str, Any], data, teac
 
 
 def test_the_loss_is_that_of_the_formula(data, teacher, tmp_path, monkeypatch) -> None:
-    """Without dropout the first step's loss can be computed from the two models."""
+    """Without dropout the first step's loss can be computed from the models. The second teacher counts thrice."""
     seen: dict[str, Any] = {}
     step = train_module.TaskModule.training_step
 
@@ -295,17 +305,27 @@ def test_the_loss_is_that_of_the_formula(data, teacher, tmp_path, monkeypatch) -
 
     monkeypatch.setattr(train_module.TaskModule, "training_step", training_step)
     quiet = (*TINY, "hidden_dropout_prob=0.0", "attention_probs_dropout_prob=0.0")
-    more = {"distill_from": (str(teacher["seq_class"]),), "distill_weight": (0.75, 0.0), "distill_temperature": (3.0,)}
+    train(**flags(data, tmp_path, name="second", max_steps=2, seed=9))
+    seen.clear()
+    teachers = (str(teacher["seq_class"]), str(Outputs(tmp_path, "second").best))
+    more = {
+        "distill_from": teachers,
+        "distill_teachers": (1.0, 3.0),
+        "distill_weight": (0.75, 0.0),
+        "distill_temperature": (3.0,),
+    }
     train(**flags(data, tmp_path, additional_config_kwargs=quiet, max_steps=4, log_every_n_steps=1, **more))
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(teacher["seq_class"]).eval()
+    models = [transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval() for folder in teachers]
     with torch.no_grad():
-        target = (model(**seen["inputs"]).logits / 3).softmax(-1)
+        first, second = ((model(**seen["inputs"]).logits / 3).softmax(-1) for model in models)
+    target = (first + 3 * second) / 4
+    assert not torch.allclose(first, second, atol=1e-3)
     log_p = (seen["student"] / 3).log_softmax(-1)
     soft = 9 * (target * (target.log() - log_p)).sum(-1).mean()
     hard = F.cross_entropy(seen["student"], seen["labels"])
     assert seen["loss"].item() == pytest.approx((0.75 * soft + 0.25 * hard).item(), rel=1e-5)
-    first, *_, last = (row for row in rows(tmp_path) if row["train/seq_class/loss"])
-    assert float(first["train/seq_class/soft_loss"]) == pytest.approx(soft.item(), rel=1e-5)
+    begin, *_, last = (row for row in rows(tmp_path) if row["train/seq_class/loss"])
+    assert float(begin["train/seq_class/soft_loss"]) == pytest.approx(soft.item(), abs=1e-6)
     assert float(last["train/seq_class/loss"]) == pytest.approx(float(last["train/seq_class/hard_loss"]))  # weight 0
 
 
@@ -372,6 +392,7 @@ def test_every_task_with_classes_has_teachers(pipeline: str, student: str, data,
         ({"max_sequence_length": 520, "additional_config_kwargs": (*TINY, "max_position_embeddings=600")}, "takes 512"),
         ({"label_weights": (1.0, 2.0)}, "--label_weights weighs rows"),
         ({"distill_temperature": (0.0,)}, "distill_temperature must be one number or two, more than 0"),
+        ({"distill_teachers": (1.0, 2.0)}, "one positive number for each of the 1 teachers"),
         ({"distill_weight": (1.0, 0.5, 0.0)}, "distill_weight must be one number or two, from 0 to 1"),
         ({"distill_from": ("./no/where",)}, "no/where"),
         ({"distill_from": None, "distill_weight": (0.5,)}, "--distill_weight is read with --distill_from alone"),
@@ -402,6 +423,10 @@ def test_teachers_that_cannot_be(more: dict[str, Any], message: str, data, teach
         ({"sparsity": 0.5, **METHODS["rigl"], "optimizer": "adamw8bit"}, "give --optimizer adamw, or"),
         ({"sparsity": 0.5, **METHODS["gradual"], "optimizer": "adam8bit"}, "keeps moments as 8-bit codes"),
         ({"sparsity": 0.5, "sparsity_exclude": ("*qurey*",)}, r"exclude has the glob '\*qurey\*'"),
+        ({"sparsity": 0.5, "sparsity_of": ("*query*",)}, "takes GLOB=SPARSITY"),
+        ({"sparsity": 0.5, "sparsity_of": ("*query*=half",)}, "takes GLOB=SPARSITY"),
+        ({"sparsity": 0.5, "sparsity_of": ("*qurey*=0.2",)}, r"distribution has the glob '\*qurey\*'"),
+        ({"sparsity": 0.5, "sparsity_of": ("*query*=0.2",), "sparsity_distribution": "erk"}, "leave one of them out"),
         ({"sparsity": 0.5, "sparsity_pattern": "3:2"}, "pattern must be"),
         ({"sparsity": 0.5, "sparsity_include": ("*nothing*",)}, "select no weight of the model"),
         ({"sparsity": 0.5, "sparsity_method": "rigl"}, "the masks would never change"),

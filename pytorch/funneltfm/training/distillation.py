@@ -30,6 +30,7 @@ class Teachers:
                 raise InputError(f"--distill_from: {task.name}, as this run has it, has no classes to distil.")
         self.tasks = tasks
         self.weight, self.temperature = (_schedule(x) for x in (args.distill_weight, args.distill_temperature))
+        self.counts = args.distill_teachers
         self.heads = [_load(source, args, tasks, text) for source in args.distill_from]
 
     @property
@@ -63,7 +64,7 @@ class Teachers:
                     f"teacher {number} gives {task.name} logits of the shape {tuple(target.shape)}, the student "
                     f"{tuple(rows.shape)}: both must have one vocabulary or one set of classes."
                 )
-        soft = distillation_loss(rows, targets, at(self.temperature, progress))
+        soft = distillation_loss(rows, targets, at(self.temperature, progress), self.counts)
         weight = at(self.weight, progress)
         return weight * soft + (1 - weight) * hard, soft
 

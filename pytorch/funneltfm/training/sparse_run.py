@@ -4,14 +4,14 @@ from typing import Any
 
 from torch import nn
 
-from funneltfm.errors import InputError
+from funneltfm.errors import InputError, brief
 from funneltfm.sparse.config import SparsityConfig
 from funneltfm.sparse.masks import densities, sparse_weights
 from funneltfm.sparse.patterns import Pattern
 from funneltfm.training.sparsity import GradualPruning, RigL, StaticSparsity, check_groups
 
 # Of masks that are yet to be made; gradual pruning goes on to a distribution from masks that are there.
-_FRESH = ("init", "rescale", "distribution", "include", "exclude", "embeddings")
+_FRESH = ("init", "rescale", "distribution", "of", "include", "exclude", "embeddings")
 _FRESH_IF_GRADUAL = ("include", "exclude", "embeddings")
 
 
@@ -60,13 +60,24 @@ def sparsity_config(args: Any) -> SparsityConfig:
         include=args.sparsity_include,
         exclude=args.sparsity_exclude,
         embeddings=args.sparsity_embeddings,
-        distribution=args.sparsity_distribution,
+        distribution=dict(map(_own_sparsity, args.sparsity_of)) or args.sparsity_distribution,
         pattern=args.sparsity_pattern,
         count=args.sparsity_count,
         init=init,
         rescale=args.sparsity_rescale,
         seed=args.seed,
     )
+
+
+def _own_sparsity(said: str) -> tuple[str, float]:
+    """Of "*query*=0.5", the glob and the number."""
+    glob, _, number = said.rpartition("=")
+    try:
+        if glob:
+            return glob, float(number)
+    except ValueError:
+        pass
+    raise InputError(f'--sparsity_of takes GLOB=SPARSITY, such as "*query*=0.5"; got {brief(repr(said))}.')
 
 
 def _check_masks(args: Any, model: nn.Module) -> None:

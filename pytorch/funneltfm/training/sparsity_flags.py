@@ -23,6 +23,10 @@ class SparsityFlags:
     """unstructured, constant_fan_in, N:M such as 2:4, or blocks of outputs x inputs such as 4x1."""
     sparsity_distribution: Literal["uniform", "erk", "global"] = "uniform"
     """uniform: every matrix is as sparse as the others. erk: the larger, the sparser. global: all compete."""
+    sparsity_of: tuple[str, ...] = ()
+    """Matrices with a sparsity of their own, as GLOB=SPARSITY, such as "*query*=0.5"; of several globs the first that
+    fits. The others are as --sparsity says.
+    """
     sparsity_count: Literal["module", "model"] = "module"
     """What has the sparsity: the sparse matrices, or the whole model, exactly."""
     sparsity_include: tuple[str, ...] = ("*",)
@@ -71,6 +75,8 @@ class DistillFlags:
     """Weight of the teachers' loss, from 0 to 1; the labels have the rest. Two numbers: at the start and at the end."""
     distill_temperature: tuple[float, ...] = (1.0,)
     """Temperature of the softmax. Two numbers: at the start and at the end."""
+    distill_teachers: tuple[float, ...] | None = None
+    """How much each teacher counts in the average, positive numbers. Default: all the same."""
 
 
 _FIRST_MASKS = ("sparsity_init", "sparsity_rescale")
@@ -120,5 +126,16 @@ def check_sparsity_flags(args: Any) -> None:
         values = getattr(args, name)
         if len(values) > 2 or not all(map(fits, values)):
             raise InputError(f"{name} must be one number or two, {expected}; got {', '.join(map(str, values))}.")
+    counts = args.distill_teachers
+    if counts is not None and (len(counts) != len(args.distill_from) or min(counts) <= 0):
+        raise InputError(
+            f"distill_teachers must be one positive number for each of the {len(args.distill_from)} teachers of "
+            f"--distill_from; got {', '.join(map(str, counts))}."
+        )
+    if args.sparsity_of and args.sparsity_distribution != "uniform":
+        raise InputError(
+            f"--sparsity_of gives matrices a sparsity of their own, --sparsity_distribution "
+            f"{args.sparsity_distribution} shares it out among all: leave one of them out."
+        )
     if args.distill_from is not None and args.label_weights is not None:
         raise InputError("--label_weights weighs rows by their labels, which teachers do not have: leave it out.")
