@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -240,6 +239,8 @@ def _read_config(path: str, token: Any) -> Any:
 
 
 def _load(cls: Any, path: str, token: Any, **kwargs: Any) -> Any:
+    from safetensors import SafetensorError
+
     try:
         return cls.from_pretrained(path, token=token, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a tensor of another shape
