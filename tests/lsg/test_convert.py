@@ -434,6 +434,10 @@ def test_a_written_model_is_checked(save_base, tmp_path):
     assert len(lines) == 3
     assert all("bit for bit" in line for line in lines)
     assert sum("differ by at most 0.0e+00" in line for line in lines) == 2
+    hook = made[0].get_output_embeddings().register_forward_hook(lambda module, args, out: out + 1)
+    with pytest.raises(InputError, match="gives other outputs"):
+        check_converted(tmp_path / "lsg", folder, made[0])
+    hook.remove()
     with torch.no_grad():
         made[0].get_input_embeddings().weight.add_(1.0)
     with pytest.raises(InputError, match=r"has another .*word_embeddings"):
