@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 import funneltfm  # noqa: F401  (the Auto classes learn our models)
 from funneltfm.errors import InputError
-from funneltfm.lsg import attention, selection
+from funneltfm.lsg import attention, layer, selection
 from funneltfm.lsg.models import AUTO_CLASSES, MODEL_TYPES, auto_map, base_class, lsg_config, model_class
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared/fixtures/lsg"
@@ -85,10 +85,16 @@ def test_outputs_and_gradients_are_the_original_s(case, monkeypatch):
     for name, x in inputs.items():
         want = x["encoder_last_hidden_state" if model.config.is_encoder_decoder else "last_hidden_state"]
         out = encode(model, x, monkeypatch)
+        with torch.no_grad(), monkeypatch.context() as context:
+            context.setattr(layer, "SMALLEST", 1)
+            fused = encode(model, x, monkeypatch)
         assert out.shape == want.shape, name
         valid = x["attention_mask"].bool()
         valid = F.pad(valid, (out.shape[1] - valid.shape[1], 0), value=True)
-        torch.testing.assert_close(out[valid], want[valid], rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        for got in (out, fused):
+            torch.testing.assert_close(
+                got[valid], want[valid], rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
         if name == "len61_pad" and grads:
             (out * grads["grad_w"]).sum().backward()
     parameters = dict(model.named_parameters())

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from funneltfm.errors import InputError
 from funneltfm.lsg.attention import lsg_attention_forward, lsg_mask
+from funneltfm.lsg.layer import LAYERS, FusedLayer, Mixin, fuse
 from funneltfm.lsg.settings import LSG_KEYS, NUM_GLOBAL_ROWS, LSGSettings
 
 ATTENTION = "lsg"  # our name in transformers' tables of attention and mask functions
@@ -92,10 +93,6 @@ def _here(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
     made = type(name, bases, {"__module__": __name__, **attributes})
     setattr(sys.modules[__name__], name, made)
     return made
-
-
-# Our mixins stand in front of a class of transformers', whose methods and attributes they use.
-Mixin: Any = object
 
 
 # ---- configs
@@ -405,6 +402,11 @@ def _install(model: Any) -> None:
     row = MODEL_TYPES[model_type]
     embeddings, encoder = base_class(model_type, row.embeddings), base_class(model_type, row.encoder)
     stacks = [module for module in model.modules() if type(module) is encoder]
+    names = LAYERS[model_type]
+    layer = base_class(model_type, names.layer)
+    for module in [module for stack in stacks for module in stack.modules() if type(module) is layer]:
+        _turn(module, _variant(FusedLayer, layer))
+        fuse(module, names)
     if row.is_encoder_decoder:
         decoder = base_class(model_type, "Decoder")
         for module in list(model.modules()):

@@ -8,7 +8,8 @@ from pathlib import Path
 from funneltfm import __version__
 from funneltfm.lsg import models
 
-SOURCES = ("errors", "lsg/settings", "lsg/selection", "lsg/attention", "lsg/models")  # each after those it imports
+SOURCES = ("errors", *(f"lsg/{name}" for name in ("settings", "selection", "attention", "layer", "models")))
+# ^ each after those it imports
 
 
 @cache
