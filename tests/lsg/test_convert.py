@@ -297,12 +297,17 @@ def test_converters_that_cannot_work_are_refused(options, said):
         ({"sparsity_type": "norms"}, "must be one of"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "not a multiple of the number of attention heads"),
         ({"hidden_size": -8}, r"model_kwargs \(hidden_size\)"),
+        ({"hidden_size": 0}, r"model_kwargs \(hidden_size\)"),
+        ({"vocab_size": -3}, r"model_kwargs \(vocab_size\)"),
+        ({"id2label": 3}, "refuses model_kwargs"),
         ({"output_attentions": True}, "no weights to show"),
         ({"dtype": "bfloat16"}, "a converted model has its source's"),
-        ({"pass_global_tokens_to_decoder": True}, "no key of LSG bert"),
+        ({"torch_dtype": "bfloat16"}, "a converted model has its source's"),
+        ({"pass_global_tokens_to_decoder": True}, "no key of LSG bert. It is for encoder-decoders"),
         ({"lsh_seed": 10**23}, "lsh_seed must be"),
         ({"num_lables": 3}, "Did you mean num_labels"),
         ({"num_labels": 0}, "num_labels must be"),
+        ({"num_labels": None}, "num_labels must be"),
         ({"num_labels": 2, "id2label": {0: "a", 1: "b"}}, "num_labels must be"),
         ({"hidden_act": "soft"}, r"model_kwargs \(hidden_act\): 'soft'"),
     ],
@@ -359,9 +364,35 @@ def test_sources_that_are_not_whole_are_refused(save_base, tmp_path):
     (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"cannot load .*cut"):
         LSGConverter(700).convert_from_pretrained(cut)
+    (cut / "model.safetensors").unlink()
+    (cut / "pytorch_model.bin").write_bytes(b"abcdefg" * 100)
+    with pytest.raises(InputError, match=r"cannot load .*cut"):
+        LSGConverter(700).convert_from_pretrained(cut)
+    shutil.copy(folder / "model.safetensors", cut)
+    (cut / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"cannot load the tokenizer of .*cut"):
+        LSGConverter(700).convert_from_pretrained(cut)
     given = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(given | {"intermediate_size": given["intermediate_size"] + 8}))
-    with pytest.raises(InputError, match="cannot load"):
+    for config, said in (
+        (given | {"intermediate_size": 28}, r"other shapes than BertForPreTraining.*bias is \(20,\), not \(28,\)"),
+        (given | {"hidden_size": 0}, "cannot load"),
+        (given | {"hidden_size": "x"}, "cannot read the config"),
+        ([given], "cannot read the config"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=said):
+            LSGConverter(700).convert_from_pretrained(folder)
+
+
+def test_configs_of_sources_that_want_what_lsg_has_not(save_base):
+    folder, _ = save_base("roberta", "AutoModel")
+    given = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(given | {"output_attentions": True}))
+    model, _ = LSGConverter(700).convert_from_pretrained(folder)
+    assert not model.config.output_attentions
+    model(torch.full((1, 5), 7))
+    (folder / "config.json").write_text(json.dumps(given | {"pad_token_id": None}))
+    with pytest.raises(InputError, match="no pad_token_id"):
         LSGConverter(700).convert_from_pretrained(folder)
 
 
@@ -403,7 +434,7 @@ def test_a_new_head_has_the_number_of_labels_that_was_asked_for(save_base):
     assert model.classifier.out_features == model.config.num_labels == 3
     assert model.config.label2id["LABEL_2"] == 2
     folder, _ = save_base("bert", "AutoModelForTokenClassification")
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(InputError, match=r"classifier[.]bias is \(2,\), not \(5,\).*keeps its number of labels"):
         LSGConverter(700).convert_from_pretrained(folder, num_labels=5)
 
 

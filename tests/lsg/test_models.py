@@ -302,6 +302,16 @@ def test_bfloat16_and_autocast(model_type, kind, tiny, texts):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_float16(model_type, tiny, texts):
+    model = tiny(model_type)
+    inputs = texts(45, 6)
+    full = run(model, inputs)[0]
+    half = run(model.to(torch.float16), inputs)[0]
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), full, rtol=0, atol=0.02 * full.abs().max().item())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("pass_on", [True, False])
 def test_hidden_states(model_type, pass_on, tiny, texts):
     """They are the tokens', without global tokens and padding, except where the decoder sees these."""

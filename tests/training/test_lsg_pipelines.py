@@ -31,6 +31,11 @@ TYPES: dict[str, dict[str, Any]] = {
     "roberta": SMALL,
     "xlm-roberta": SMALL,
 }
+SEQ2SEQ = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2,
+    "forced_bos_token_id": None, "forced_eos_token_id": None,
+}  # fmt: skip
 COUNT_PADDING = ("camembert", "roberta", "xlm-roberta")
 BASE, LONG, BLOCK = 20, 64, 4  # tokens that the base model takes, the LSG model takes, of a block
 LINE = "the cat sat on a mat . one bird saw two dogs run home"
@@ -44,6 +49,7 @@ SPANS = [
     for i, (a, at) in enumerate((("the cat", 0), ("two dogs", 36)))
 ]
 CHOICES = [{"article": " ".join(STORY), "question": "who run ?", "options": ["cat", "two dogs"], "answer": 1}] * 2
+STORIES = [{"document": " ".join(STORY[i:]), "summary": "two dogs run"} for i in range(4)]
 RANK = {"input_columns": ("q", "a")}
 TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "seq_class": (TEXT, {}),
@@ -55,6 +61,14 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "answer_selection -k 2": (PAIR, RANK | {"k": 2, "max_sequence_length": LONG}),
     "retrieval": (PAIR, RANK),
 }
+ROUNDS = [(task, model_type) for task in TASKS for model_type in TYPES]
+GENERATES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "summarization": (STORIES, {"max_target_length": 6, "generation_num_beams": 2}),
+    "denoising": ([{"text": row["document"]} for row in STORIES], {}),
+}
+ROUNDS += [(task, model_type) for task in GENERATES for model_type in ("bart", "mbart", "pegasus")]
+TASKS |= GENERATES
+TYPES |= dict.fromkeys(("bart", "mbart", "pegasus"), SEQ2SEQ)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +85,8 @@ def folders(tmp_path_factory):
         if model_type in COUNT_PADDING:
             more["type_vocab_size"] = 1
         torch.manual_seed(0)
-        base = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **keys, **more))
+        auto = transformers.AutoModelForSeq2SeqLM if keys is SEQ2SEQ else transformers.AutoModel
+        base = auto.from_config(transformers.AutoConfig.for_model(model_type, **keys, **more))
         base.save_pretrained(home / model_type)
         tokenizer.save_pretrained(home / model_type)
         sizes = {"block_size": BLOCK, "sparse_block_size": BLOCK, "num_global_tokens": 2}
@@ -102,8 +117,7 @@ def alike(one: Any, other: Any) -> bool:
     return abs(one - other) < 1e-5 if isinstance(one, float) else one == other
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "model_type"), ROUNDS)
 def test_a_round(task: str, model_type: str, folders, tmp_path) -> None:
     settings = flags(folders[model_type], task, tmp_path)
     results = train(**settings)

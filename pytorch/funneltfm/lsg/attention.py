@@ -24,7 +24,7 @@ from funneltfm.lsg.selection import Draw, pad_tokens, select
 from funneltfm.lsg.settings import LSGSettings
 
 TOKENS, SUMMARIES = 0, 1  # sources of windows
-CHUNK = 2**21  # keys' numbers in the windows that exist at a time: few calls, and yet a cache holds them; two blocks'
+CHUNK = 2**20  # keys' numbers in the windows that exist at a time: few calls, and yet a cache holds them; two blocks'
 
 
 class Part(NamedTuple):

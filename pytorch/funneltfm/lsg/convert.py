@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,11 @@ from funneltfm.errors import InputError, brief
 from funneltfm.lsg.models import ALIASES, AUTO_CLASSES, MODEL_TYPES, base_class, config_class, lsg_config, model_class
 from funneltfm.lsg.settings import LSG_KEYS, NUM_GLOBAL_ROWS, LSGSettings
 from funneltfm.sparse.export import restore_masks
+
+# What transformers and torch raise where files or values do not fit, for want of an error of their own.
+_MISFITS = (
+    ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class LSGConverter:
@@ -94,7 +100,7 @@ class LSGConverter:
             source = _load_model(base, path, token, config=config)
             try:
                 model = model_class(model_type, name)(target)
-            except (KeyError, ValueError, RuntimeError) as error:
+            except _MISFITS as error:
                 keys = ", ".join(model_kwargs) or "none"
                 raise InputError(
                     f"no {name} can be made with these model_kwargs ({keys}): {brief(str(error), 600)}"
@@ -109,22 +115,24 @@ class LSGConverter:
     def _target_config(self, config: Any, model_type: str, is_lsg: bool, given: dict[str, Any]) -> Any:
         known = set(config_class(model_type)().to_dict()) - {"model_type", "auto_map", "architectures"}
         for name in given:
+            if name in _NOT_HERE:
+                raise InputError(f"model_kwargs has {name}={brief(repr(given[name]))}: {_NOT_HERE[name]}.")
             if name not in known:
                 close = difflib.get_close_matches(name, known | {"num_labels"}, n=1)
                 hint = f" Did you mean {close[0]}?" if close else ""
+                hint = " It is for encoder-decoders." if name in LSG_KEYS else hint
                 raise InputError(f"model_kwargs has {brief(repr(name))}, which is no key of LSG {model_type}.{hint}")
-        for name, instead in _NOT_HERE.items():
-            if name in given:
-                raise InputError(f"model_kwargs has {name}={brief(repr(given[name]))}: {instead}.")
         if given.get("sparsity_type", "") is None:
             given = given | {"sparsity_type": "none"}
         LSGSettings(**{name: value for name, value in given.items() if name in LSG_KEYS})
         positions = self.max_sequence_length + _extra_positions(config, model_type)
-        values = {} if is_lsg else {"exact_short": True}
+        values: dict[str, Any] = {"output_attentions": False} | ({} if is_lsg else {"exact_short": True})
         values |= {"max_position_embeddings": positions} | given
         try:
             return type(config).from_dict(config.to_dict() | values) if is_lsg else lsg_config(config, **values)
-        except StrictDataclassError as error:  # transformers' own checks
+        except InputError:
+            raise
+        except (*_MISFITS, AttributeError) as error:  # a number in the place of names, say
             raise InputError(f"the config of {model_type} refuses model_kwargs: {brief(str(error), 600)}") from error
 
     def _fill(self, model: Any, source: Any, model_type: str, tokenizer: Any, is_lsg: bool) -> None:
@@ -203,9 +211,9 @@ _NOT_HERE = {
 
 def _with_label_names(given: dict[str, Any]) -> dict[str, Any]:
     """model_kwargs with the names of labels in the place of their number, which is no key of a config."""
-    number = given.get("num_labels")
-    if number is None:
+    if "num_labels" not in given:
         return given
+    number = given["num_labels"]
     if isinstance(number, bool) or not isinstance(number, int) or number < 1 or {"id2label", "label2id"} & given.keys():
         raise InputError(
             "num_labels must be a whole number from 1 on, without id2label and label2id beside it, got "
@@ -234,22 +242,22 @@ def _read_config(path: str, token: Any) -> Any:
         return AutoConfig.from_pretrained(path, token=token)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (*_MISFITS, AttributeError) as error:
         raise InputError(f"cannot read the config of {path}: {brief(str(error), 600)}") from error
 
 
-def _load(cls: Any, path: str, token: Any, **kwargs: Any) -> Any:
+def _load(cls: Any, path: str, token: Any, what: str = "", **kwargs: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
         return cls.from_pretrained(path, token=token, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a tensor of another shape
-        raise InputError(f"cannot load {path}: {brief(str(error), 600)}") from error
+    except (*_MISFITS, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot load {what}{path}: {brief(str(error), 600)}") from error
 
 
 def _load_tokenizer(path: str, token: Any) -> Any:
-    """The source's own; without files transformers makes one up of a few special tokens."""
-    tokenizer = _load(AutoTokenizer, path, token)
+    """The source's own; without files transformers makes one up of a few special tokens, or fails."""
+    tokenizer = _load(AutoTokenizer, path, token, "the tokenizer of ")
     names = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
     if Path(path).is_dir() and not any(Path(path, name).is_file() for name in names):
         raise InputError(
@@ -260,8 +268,15 @@ def _load_tokenizer(path: str, token: Any) -> Any:
 
 
 def _load_model(cls: Any, path: str, token: Any, config: Any) -> Any:
-    """A source, of whose weights none but those of a head may be missing."""
-    model, found = _load(cls, path, token, config=config, output_loading_info=True)
+    """A source, of whose weights none but those of a head may be missing, and none may have another shape."""
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we name those ourselves
+    model, found = _load(cls, path, token, config=config, **options)
+    wrong = [f"{name} is {tuple(has)}, not {tuple(want)}" for name, has, want in sorted(found["mismatched_keys"])]
+    if wrong:
+        raise InputError(
+            f"{path} has weights of other shapes than {cls.__name__} is to have: {brief('; '.join(wrong), 400)}. "
+            "Correct its config.json; and a head that is there keeps its number of labels."
+        )
     core = f"{model.base_model_prefix}."
     headless = model.base_model is model
     inside = (name for name in found["missing_keys"] if headless or name.startswith(core))
@@ -291,7 +306,11 @@ def _architecture(config: Any, model_type: str, given: str | None) -> str:
 def _offset(config: Any, model_type: str) -> int:
     """Rows ahead of the first position's in the table of positions; in the roberta family, up to the padding's."""
     row = MODEL_TYPES[model_type]
-    return config.pad_token_id + 1 if row.counts_padding else row.position_offset
+    if not row.counts_padding:
+        return row.position_offset
+    if config.pad_token_id is None:
+        raise InputError(f"the config has no pad_token_id, after which {model_type}'s positions begin: give it there.")
+    return config.pad_token_id + 1
 
 
 def _extra_positions(config: Any, model_type: str) -> int:
