@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-USE = "AutoConfig.for_model('funnel_tfm', d_model=32).model_type"
+USE = "AutoConfig.for_model('lsg-bert') and AutoConfig.for_model('funnel_tfm', d_model=32).model_type"
 
 
 def run(code: str) -> str:
@@ -23,6 +23,11 @@ def run(code: str) -> str:
         "import funneltfm; from transformers import PreTrainedModel, AutoConfig",
         "import modeling; from transformers import AutoModel, AutoConfig",
         "import funneltfm; import funneltfm.funnel.hf; from transformers import AutoConfig",
+        "import funneltfm; from transformers import BertConfig, BertForMaskedLM, AutoConfig",
+        "import funneltfm; from transformers import BartForConditionalGeneration, AutoConfig",
+        "import funneltfm, transformers.models.xlm_roberta.modeling_xlm_roberta; from transformers import AutoConfig",
+        "import funneltfm; from transformers import Trainer, AutoConfig",
+        "import funneltfm; from transformers import pipeline, AutoConfig",
     ],
 )
 def test_the_auto_classes_know_us(imports: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,29 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises InputError where a new folder would take the place of something."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not overwrite:
+        raise InputError(f"{folder} exists and is not empty. Name another folder, or give --overwrite.")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield the path of a folder to be made beside `folder`; when the block ends well it becomes `folder`, else it is
+    removed. Raises InputError as `check_target`.
+    """
+    folder = Path(folder)
+    check_target(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        fresh = Path(scratch, "new")
+        yield fresh
+        if folder.exists():
+            os.replace(folder, Path(scratch, "old"))
+        os.replace(fresh, folder)
 
 
 def torch_save(value: Any, path: str | os.PathLike[str]) -> None:

@@ -16,6 +16,7 @@ _NEEDED = (
     "transformers.models.auto.modeling_auto",
 )
 _CONFIGS = _NEEDED[1]
+_MODELS = "transformers.models."  # ours need the configs of some of them
 
 
 def _register() -> None:
@@ -29,14 +30,15 @@ def _register() -> None:
 class _Finder:
     """An import finder that waits for the Auto classes and registers our models as soon as `transformers` has them.
 
-    Ours need all of `_NEEDED`, which import each other, so they follow the outermost of them. They register themselves.
+    Ours need all of `_NEEDED`, and these and the models import each other, so ours follow the outermost of them. They
+    register themselves.
     """
 
     def __init__(self) -> None:
         self.underway = 0
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in _NEEDED:
+        if name not in _NEEDED and not name.startswith(_MODELS):
             return None
         sys.meta_path.remove(self)  # ask the others
         try:
@@ -53,7 +55,8 @@ class _Finder:
                 execute(module)
             finally:
                 self.underway -= 1
-            if self.underway == 0 and _CONFIGS in sys.modules:
+            if self.underway == 0 and _CONFIGS in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
                 _register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

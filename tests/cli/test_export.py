@@ -70,6 +70,49 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "x").exists()
 
 
+def test_sparse_models_of_train(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A compact folder beside its model; `train` says how to get back what it can read."""
+    transformers = pytest.importorskip("transformers")
+    from funneltfm.sparse import SparsityConfig, attach, load_sparse
+
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+    )
+    model = transformers.BertForMaskedLM(config)
+    attach(model, SparsityConfig(sparsity=0.8, count="model", embeddings=True))
+    best = tmp_path / "run/best"
+    model.save_pretrained(best)
+    (best / "vocab.txt").write_text(
+        "".join(f"{piece}\n" for piece in ["a", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    )
+    small, again = tmp_path / "small", tmp_path / "again"
+    assert main(["export", "--to=compact", "--values=fp16", str(tmp_path / "run"), str(small)]) == 0
+    assert "times as many" in capsys.readouterr().out
+    assert main(["export", str(small), str(again)]) == 0
+    loaded = load_sparse(transformers.AutoModelForMaskedLM, again)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value if value.dtype == torch.bool else value.half().float())
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    learn = ["train", "--pipeline=masked_lm", f"--train_dataset={tmp_path / 'rows.jsonl'}", "--max_steps=1"]
+    for words, said in (
+        ([*learn, f"--pre_trained_model={small}"], "export --to hf"),
+        (["export", str(again), str(tmp_path / "x")], "as it is"),
+        (["export", "--to=compact", str(small), str(tmp_path / "x")], "already"),
+        (["export", "--to=compact", str(finished_run(tmp_path / "funnel", None)), str(tmp_path / "x")], "is dense"),
+        (["export", str(tmp_path), str(tmp_path / "x")], "models of again, small"),
+    ):
+        assert main(words) == 1, words
+        assert said in capsys.readouterr().err
+    assert main(["export", "--values=fp16", str(small), str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_sentencepiece_vocabulary_is_refused_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -219,6 +219,11 @@ def test_flags_of_tasks(runner: Any, tmp_path: Path) -> None:
     assert (stsb["batch_size"], stsb["val_check_interval"]) == (2, 4)
     assert stsb["pre_trained_model"].endswith("pre_trained_models/tiny_sparse-again/best")
     assert list(task_flags(made, made.experiments.get("tiny_glue"), ("stsb",))) == ["stsb"]
+    found = task_flags(runner(dry_run=True, num_runs=4), made.experiments.get("tiny_glue"))
+    assert [runs for runs, _, _ in found.values()] == [4, 4, 4]
+    for number, name in ((0, "tiny_glue"), (2, "tiny_sparse")):
+        with pytest.raises(InputError, match=f"--num_runs must be at least 1.* got {number}"):
+            runner(dry_run=True, num_runs=number).run([name])
     with pytest.raises(InputError, match="needs the model of tiny_sparse"):
         runner().run(["tiny_glue"])
 

@@ -14,6 +14,8 @@ from funneltfm.errors import InputError
 from funneltfm.sparse.config import SparsityConfig
 from funneltfm.sparse.export import (
     COMPACT,
+    compact_folder,
+    expand_folder,
     load_compact,
     load_sparse,
     read_compact,
@@ -39,6 +41,52 @@ def grow_some(model: nn.Module) -> None:
     """Turn a weight on in every matrix that stays 0, as RigL does."""
     for weight in sparse_weights(model):
         weight.mask.view(-1)[int((~weight.mask.view(-1)).nonzero()[0])] = True
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+def test_folders_go_from_one_form_to_the_other(form: str, bert: Make, tmp_path: Path) -> None:
+    """Compact is as if save_sparse had written it, and back again nothing has changed."""
+    transformers = pytest.importorskip("transformers")
+    model = bert().eval()
+    attach(model, SparsityConfig(sparsity=0.6, embeddings=True))
+    grow_some(model)
+    save_sparse(model, tmp_path / "dense")
+    if form == "bin":
+        torch.save(model.state_dict(), tmp_path / "dense/pytorch_model.bin")
+        (tmp_path / "dense/model.safetensors").unlink()
+    elif form == "shards":
+        shutil.rmtree(tmp_path / "dense")
+        model.save_pretrained(tmp_path / "dense", max_shard_size="4KB")
+        assert len(list((tmp_path / "dense").glob("model-*.safetensors"))) > 1
+    (tmp_path / "dense/vocab.txt").write_text("[PAD]\n")
+    compact_folder(tmp_path / "dense", tmp_path / "small")
+    assert (tmp_path / "small/vocab.txt").is_file()
+    assert [path.name for path in (tmp_path / "small").glob("*model*")] == [COMPACT]
+    expand_folder(tmp_path / "small", tmp_path / "again")
+    sizes = {}
+    for name in ("small", "again"):
+        loaded = load_sparse(transformers.AutoModelForMaskedLM, tmp_path / name)
+        assert same(model, loaded)
+        assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+        sizes[name] = sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors"))
+    if form == "safetensors":
+        assert sizes["again"] <= (tmp_path / "dense/model.safetensors").stat().st_size + 100  # ties are written once
+
+
+def test_folders_that_have_no_other_form_are_refused(bert: Make, tmp_path: Path) -> None:
+    model = bert()
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(InputError, match="holds no masks"):
+        compact_folder(tmp_path / "dense", tmp_path / "small")
+    attach(model, SparsityConfig(sparsity=0.6))
+    save_sparse(model, tmp_path / "small", compact=True)
+    with pytest.raises(InputError, match="in the compact form already"):
+        compact_folder(tmp_path / "small", tmp_path / "smaller")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        expand_folder(tmp_path / "small", tmp_path / "dense")
+    expand_folder(tmp_path / "small", tmp_path / "dense", overwrite=True)
+    assert read_masks(tmp_path / "dense")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small"]  # nothing is left behind
 
 
 @pytest.mark.parametrize("compact", [False, True])

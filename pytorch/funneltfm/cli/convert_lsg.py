@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
             parser.error(f"--{name} is required")
     model_kwargs = read_model_kwargs(flags["model_kwargs"])
 
-    from funneltfm.lsg.convert import LSGConverter, check_converted, check_target, save_converted
+    from funneltfm.files import check_target
+    from funneltfm.lsg.convert import LSGConverter, check_converted, save_converted
 
     target = Path(flags["model_name"])
     check_target(target, flags["overwrite"])

@@ -30,6 +30,8 @@ class RunFlags:
     """Folder of the runs, as of `funneltfm train`; tables and records are in its folder experiments."""
     tasks: tuple[str, ...] | None = None
     """GLUE tasks to finetune on (cola mnli mrpc qnli qqp rte sst2 stsb wnli). Default: all that an experiment has."""
+    num_runs: int | None = None
+    """Runs for each GLUE task, with a seed each. Default: as many as an experiment says for the task."""
     glue_hub: str | None = None
     """Read GLUE from the Hugging Face hub under this name, such as nyu-mll/glue, and not from data_dir."""
     overwrite: bool = False
@@ -62,7 +64,10 @@ def main(argv: Sequence[str]) -> None:
     experiments = Experiments(flags["file"])
     settings = Settings(
         overrides={stage: some for stage, some in overrides.items() if some},
-        **{name: flags[name] for name in ("data_dir", "output_dir", "tasks", "glue_hub", "overwrite", "dry_run")},
+        **{
+            name: flags[name]
+            for name in ("data_dir", "output_dir", "tasks", "num_runs", "glue_hub", "overwrite", "dry_run")
+        },
     )
     if flags["list"]:
         print("\n".join(_listed(experiments, names)))

@@ -265,7 +265,7 @@ def task_flags(
             flags = with_end(flags, runner.overridden({}, "glue", task))
             if max(flags.get("max_steps", -1), flags.get("max_epochs", -1)) < 1:
                 raise InputError(f"{experiment.name}: {task}: say how long to finetune: max_epochs or max_steps.")
-            chosen[task] = (num_runs, keys["eval_steps"], runner.filled(experiment, flags))
+            chosen[task] = (runner.settings.num_runs or num_runs, keys["eval_steps"], runner.filled(experiment, flags))
     return chosen
 
 

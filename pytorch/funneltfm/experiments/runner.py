@@ -48,6 +48,8 @@ class Settings:
     overwrite: bool = False
     tasks: tuple[str, ...] | None = None
     """GLUE tasks; None is all that an experiment has."""
+    num_runs: int | None = None
+    """Of each GLUE task; None is what an experiment says."""
     glue_hub: str | None = None
     """GLUE on the Hugging Face hub, in place of folders in data_dir."""
     dry_run: bool = False
@@ -99,6 +101,10 @@ class Runner:
             raise InputError(
                 f"--tasks {unknown[0]}: no experiment of these has such a GLUE task; there are "
                 f"{', '.join(sorted(tasks)) or 'none'}."
+            )
+        if self.settings.num_runs is not None and (self.settings.num_runs < 1 or not any(one.glue for one in chosen)):
+            raise InputError(
+                f"--num_runs must be at least 1, with an experiment that has GLUE tasks; got {self.settings.num_runs}."
             )
         known = tasks.union(*(one.stages for one in chosen))
         known |= {kind for one in chosen for kind in ("glue", "search") if getattr(one, kind)}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from funneltfm.errors import InputError, brief
-from funneltfm.files import read_json, write_json
+from funneltfm.files import atomic_folder, check_target, read_json, write_json
 from funneltfm.funnel import convert
 from funneltfm.funnel.checkpoints import check_kind, config_beside, read_state
 from funneltfm.funnel.config import ModelConfig
@@ -303,8 +303,7 @@ def convert_checkpoint(
     for name in (kind, to):
         if name not in FORMATS:
             raise InputError(f"a format must be one of {', '.join(FORMATS)}; got {name!r}.")
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]) and not overwrite:
-        raise InputError(f"{target} exists and is not empty. Name another folder, or give --overwrite.")
+    check_target(target, overwrite)
     parts = FORMATS[kind].read(source, config_path, options)
     if broken := [name for part in _parts(parts) for name, tensor in part.items() if not tensor.isfinite().all()]:
         raise InputError(f"{source} holds NaN or infinity in {len(broken)} tensors (first {broken[0]}).")
@@ -319,9 +318,7 @@ def convert_checkpoint(
             "transformers' Funnel cannot hold a generator; give --drop_heads, or convert to another format."
         )
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        fresh = Path(scratch) / "checkpoint"
+    with atomic_folder(target, overwrite) as fresh:
         FORMATS[to].write(parts, fresh, options)
         _check_written(parts, FORMATS[to].read(fresh, None, options))
         folder = source if source.is_dir() else source.parent
@@ -329,11 +326,6 @@ def convert_checkpoint(
             shutil.copy(vocabulary, fresh / vocabulary.name)
         if finish is not None:
             finish(fresh)
-        if overwrite and target.exists():
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        elif target.exists():
-            target.rmdir()
-        os.replace(fresh, target)
     report.append(f"{target} ({to}): {_describe(parts)}; read back, every tensor bit-equal")
     return parts, report
 

@@ -125,6 +125,23 @@ def slide(x: Tensor, part: Part, start: int, count: int) -> Tensor:
     return rows.unfold(-2, part.size, part.step).transpose(-1, -2)
 
 
+class Windows:
+    """`slide` for many chunks of blocks: those that are whole are a view, made once."""
+
+    def __init__(self, x: Tensor, part: Part):
+        self.x, self.part = x, part
+        self.low = max(0, -(part.first // part.step))  # the first block whose window begins on a row
+        rows = x[..., part.first + self.low * part.step :, :]
+        fits = rows.shape[-2] >= part.size
+        self.whole = rows.unfold(-2, part.size, part.step).transpose(-1, -2) if fits else None
+
+    def __call__(self, start: int, count: int) -> Tensor:
+        at = start - self.low
+        if self.whole is not None and 0 <= at <= self.whole.shape[-3] - count:
+            return self.whole[..., at : at + count, :, :]
+        return slide(self.x, self.part, start, count)
+
+
 def add_back(total: Tensor, windows: Tensor, part: Part, start: int) -> None:
     """The transpose of `slide`: add windows (N, count, size, H) to the rows of total (N, L, H) they were taken from."""
     heads, count, _, width = windows.shape
@@ -142,13 +159,14 @@ def add_back(total: Tensor, windows: Tensor, part: Part, start: int) -> None:
                 total[:, low:high] += full[:, low - first : high - first]
 
 
-def _window(
-    ahead: Tensor, sources: tuple[Tensor, Tensor], plan: Plan, start: int, count: int, out: Tensor | None = None
-) -> Tensor:
+def _window(ahead: Tensor, windows: list[Windows], start: int, count: int, out: Tensor | None = None) -> Tensor:
     """The keys (or values) that some blocks see: (..., count, K, H), in the memory of `out` if that is given."""
     shape = (*ahead.shape[:-2], count, *ahead.shape[-2:])
-    parts = [slide(sources[part.source], part, start, count) for part in plan.parts]
-    return torch.cat([ahead[..., None, :, :].expand(shape), *parts], -2, out=out)
+    return torch.cat([ahead[..., None, :, :].expand(shape), *(some(start, count) for some in windows)], -2, out=out)
+
+
+def _windows(tokens: Tensor, summaries: Tensor, plan: Plan) -> list[Windows]:
+    return [Windows((tokens, summaries)[part.source], part) for part in plan.parts]
 
 
 def _window_mask(
@@ -203,7 +221,7 @@ def _attend_at_once(
     ahead, block = plan.num_globals, plan.block
     count = (query.shape[2] - ahead) // block
     window_key, window_value = (
-        _window(x[:, :, :ahead], (x[:, :, ahead:], stream), plan, 0, count).flatten(0, 1)
+        _window(x[:, :, :ahead], _windows(x[:, :, ahead:], stream, plan), 0, count).flatten(0, 1)
         for x, stream in ((key, keys), (value, values))
     )  # (B N, count, K, H)
     blocks = query[:, :, ahead:].unflatten(2, (count, block)).flatten(0, 1)
@@ -327,12 +345,15 @@ def _chunks(query, key, value, keys, values, seen, stream_seen, plan):
     lengths = (length - ahead, keys.shape[2])
     for example in range(examples):
         some_seen, some_stream = (x if x is None else x[example] for x in (seen, stream_seen))
+        sources = [
+            (x[example, :, :ahead], _windows(x[example, :, ahead:], y[example], plan), out)
+            for x, y, out in ((key, keys, room[0]), (value, values, room[1]))
+        ]
         for start in range(0, blocks, step):
             count = min(step, blocks - start)
             rows = slice(ahead + start * block, ahead + (start + count) * block)
             some_key, some_value = (
-                _window(x[example, :, :ahead], (x[example, :, ahead:], y[example]), plan, start, count, out[:, :count])
-                for x, y, out in ((key, keys, room[0]), (value, values, room[1]))
+                _window(first, windows, start, count, out[:, :count]) for first, windows, out in sources
             )
             mask = _window_mask(some_seen, some_stream, lengths, plan, start, count, query)
             if mask is not None:

@@ -3,8 +3,6 @@
 import difflib
 import os
 import pickle
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from funneltfm.errors import InputError, brief
+from funneltfm.files import atomic_folder
 from funneltfm.lsg.models import ALIASES, AUTO_CLASSES, MODEL_TYPES, base_class, config_class, lsg_config, model_class
 from funneltfm.lsg.settings import LSG_KEYS, NUM_GLOBAL_ROWS, LSGSettings
 from funneltfm.sparse.export import restore_masks
@@ -334,21 +333,9 @@ def _same_shape(name: str, *states: dict[str, Tensor]) -> bool:
 
 def save_converted(model: Any, tokenizer: Any, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write both into a folder, which appears whole or not at all."""
-    folder = Path(folder)
-    check_target(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-        fresh = Path(made) / "model"
+    with atomic_folder(folder, overwrite) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        if folder.exists():
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        os.replace(fresh, folder)
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not overwrite:
-        raise InputError(f"{folder} exists and is not empty. Name another folder, or give --overwrite.")
 
 
 def check_converted(folder: str | os.PathLike[str], source: str | os.PathLike[str], model: Any) -> list[str]:

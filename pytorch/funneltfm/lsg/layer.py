@@ -5,6 +5,7 @@ those that torch takes by default and on many CPUs faster, and it applies the ac
 that the cache still holds.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +128,7 @@ class FusedLayer(Mixin):
         others = (*args, kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values"))
         if any(other is not None for other in others) or not _may_fuse(self, hidden_states):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        _keep_some_memory()
         hidden, names, modules = hidden_states, self.lsg_names, dict(self.named_modules())
         attention, norm = modules[names.attention], modules[names.attention_norm]
         first = norm(hidden) if names.norm_first else hidden
@@ -137,13 +139,15 @@ class FusedLayer(Mixin):
         )
         kwargs["scaling"] = attention.scaling
         attended, _ = lsg_attention_forward(attention, query, key, value, attention_mask, **kwargs)
+        del first, query, key, value
         hidden = _product(attended.flatten(2), modules[names.output], residual=hidden)
-        del first, query, key, value, attended
+        del attended
         if not names.norm_first:
             hidden = norm(hidden)
         rows = hidden.flatten(0, 1)
-        pieces = rows.tensor_split(max(1, round(len(rows) / PIECE)))
-        return torch.cat([self.lsg_feed_forward(piece, modules) for piece in pieces]).view_as(hidden)
+        for piece in rows.tensor_split(max(1, round(len(rows) / PIECE))):
+            piece.copy_(self.lsg_feed_forward(piece, modules))  # nobody else has them
+        return rows.view_as(hidden)
 
     def lsg_feed_forward(self, rows: Tensor, modules: dict[str, Any]) -> Tensor:
         """The second half of the layer, for rows (R, D)."""
@@ -152,6 +156,14 @@ class FusedLayer(Mixin):
         inner = _product(norm(rows) if names.norm_first else rows, modules[names.up], modules[names.activation])
         out = _product(inner, modules[names.down], residual=rows)
         return out if names.norm_first else norm(out)
+
+
+@cache
+def _keep_some_memory() -> None:
+    """Let glibc keep 64 MB of freed memory for the next tensors, as it does by itself once a block of almost 32 MB was
+    freed. Until then it keeps twice the largest, and every layer waits for new pages.
+    """
+    torch.empty(2**25 - 2**17, dtype=torch.uint8)
 
 
 def fuse(layer: Any, names: LayerNames) -> None:

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from funneltfm.errors import InputError, brief
-from funneltfm.files import atomic_path, existing_file, write_json
+from funneltfm.files import atomic_folder, atomic_path, existing_file, write_json
 from funneltfm.sparse.config import SparsityConfig
 from funneltfm.sparse.masks import SUFFIX, apply_masks, attach_masks, densities, detach, pack_bits, sparse_weights
 
@@ -136,15 +137,20 @@ def read_masks(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {}
     if (found / COMPACT).is_file():
         return read_compact(found / COMPACT)[1]
-    paths = sorted(found.glob("*.safetensors"))
-    masks: dict[str, Tensor] = {}
-    for path in paths:
-        with _open(path) as file:
-            masks |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(SUFFIX)}  # noqa: SIM118
-    if not any(path.name.startswith("model") for path in paths):  # from_pretrained prefers those
-        for path in sorted(found.glob("pytorch_model*.bin")):
-            masks |= _pickled_masks(path)
+    masks = _tensors(found, lambda name: name.endswith(SUFFIX))
     return {name.removesuffix(SUFFIX): mask for name, mask in masks.items() if mask.dtype == torch.bool}
+
+
+def _tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors by name of what from_pretrained would read."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with _open(path) as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    if not any(folder.glob("model*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            found |= _unpickled(path, wanted)
+    return found
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path | None:
@@ -161,12 +167,12 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _pickled_masks(path: Path) -> dict[str, Tensor]:
+def _unpickled(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     try:  # a file from before torch 1.6 is no zip, and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InputError(f"cannot read the tensors in {path}: {brief(str(error), 200)}.") from error
-    return {name: value.clone() for name, value in state.items() if name.endswith(SUFFIX)}
+    return {name: value.clone() for name, value in state.items() if wanted(name)}
 
 
 # ---- the compact form
@@ -178,17 +184,22 @@ def write_compact(model: nn.Module, path: str | os.PathLike[str], values: Litera
 
     n weights of 32 bits become n + 32 k bits, or n + 16 k with fp16.
     """
-    if values not in _TYPES:
-        raise InputError(f"values must be one of {', '.join(_TYPES)}; got {values!r}.")
-    from safetensors.torch import save_file
-
     weights = sparse_weights(model)
     tied = {alias: weight.name for weight in weights for alias in weight.aliases if alias != weight.name}
-    masks = {weight.name: weight.mask for weight in weights}
+    _write_compact(model.state_dict(), {weight.name: weight.mask for weight in weights}, tied, path, values)
+
+
+def _write_compact(
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor], tied: dict[str, str], path: Any, values: str
+) -> None:
+    from safetensors.torch import save_file
+
+    if values not in _TYPES:
+        raise InputError(f"values must be one of {', '.join(_TYPES)}; got {values!r}.")
     sparse: dict[str, list[int]] = {}
     tensors: dict[str, Tensor] = {}
     written: dict[tuple[int, torch.Size], str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if name in tied or (name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in masks):
             continue
         if name in masks:
@@ -202,6 +213,39 @@ def write_compact(model: nn.Module, path: str | os.PathLike[str], values: Litera
     note = {"format": "pt", "sparse": json.dumps(sparse), "tied": json.dumps(tied)}
     with atomic_path(path) as temporary:
         save_file({name: value.cpu() for name, value in tensors.items()}, temporary, metadata=note)
+
+
+_WEIGHTS = shutil.ignore_patterns("model*.safetensors*", "pytorch_model*.bin*")
+
+
+def compact_folder(
+    source: Path, target: Path, values: Literal["fp32", "fp16"] = "fp32", overwrite: bool = False
+) -> None:
+    """Write a folder of `transformers` that holds masks once more in the compact form, with everything beside."""
+    if (source / COMPACT).is_file():
+        raise InputError(f"{source} is in the compact form already.")
+    masks = read_masks(source)
+    if not masks:
+        raise InputError(f"{source} holds no masks: it is no sparse model, and would not get smaller.")
+    state = _tensors(source, lambda name: True)
+    if lost := masks.keys() - state.keys():
+        raise InputError(f"{source} holds a mask of {brief(min(lost))}, but no such weight.")
+    with atomic_folder(target, overwrite) as fresh:
+        shutil.copytree(source, fresh, ignore=_WEIGHTS)
+        _write_compact(state, masks, {}, fresh / COMPACT, values)
+
+
+def expand_folder(source: Path, target: Path, overwrite: bool = False) -> None:
+    """Write a compact folder once more as one that `transformers` reads: exact zeros, and masks beside them."""
+    from safetensors.torch import save_file
+
+    state, masks = read_compact(source / COMPACT)
+    once: dict[int, str] = {}
+    state = {name: value for name, value in state.items() if once.setdefault(id(value), name) == name}  # ties once
+    with atomic_folder(target, overwrite) as fresh:
+        shutil.copytree(source, fresh, ignore=_WEIGHTS)
+        tensors = state | {name + SUFFIX: mask for name, mask in masks.items()}
+        save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
 
 
 def _narrow(name: str, value: Tensor, values: str) -> Tensor:

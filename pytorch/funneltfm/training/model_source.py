@@ -12,6 +12,7 @@ from torch import nn
 
 from funneltfm.data.text import get_text_tokenizer
 from funneltfm.errors import InputError, brief
+from funneltfm.sparse.export import COMPACT
 from funneltfm.tasks.base import Task
 from funneltfm.tasks.heads import Heads
 from funneltfm.training.config import Args
@@ -45,6 +46,11 @@ def load_config(args: Args, tasks: Sequence[Task], tokenizer: Any) -> Any:
 
     wanted = None if args.model is None else MODEL_TYPES.get(args.model, args.model)
     source = args.pre_trained_config or of_task(args.pre_trained_model, tasks[0].name)
+    if args.pre_trained_model is not None and Path(args.pre_trained_model, COMPACT).is_file():
+        raise InputError(
+            f"{args.pre_trained_model} is in the compact form: write it as transformers reads it, with its masks, by "
+            f"`funneltfm export --to hf {args.pre_trained_model} FOLDER`, and name that."
+        )
     if source is not None:
         try:
             config = transformers.AutoConfig.from_pretrained(source)
