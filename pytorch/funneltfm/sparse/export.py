@@ -137,14 +137,14 @@ def read_masks(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {}
     if (found / COMPACT).is_file():
         return read_compact(found / COMPACT)[1]
-    masks = _tensors(found, lambda name: name.endswith(SUFFIX))
+    masks = _tensors(found, "*.safetensors", lambda name: name.endswith(SUFFIX))  # of a head in a file of its own too
     return {name.removesuffix(SUFFIX): mask for name, mask in masks.items() if mask.dtype == torch.bool}
 
 
-def _tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Tensors by name of what from_pretrained would read."""
+def _tensors(folder: Path, files: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors by name in these files, or, where from_pretrained would read a .bin, in that."""
     found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob(files)):
         with _open(path) as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     if not any(folder.glob("model*.safetensors")):
@@ -227,7 +227,7 @@ def compact_folder(
     masks = read_masks(source)
     if not masks:
         raise InputError(f"{source} holds no masks: it is no sparse model, and would not get smaller.")
-    state = _tensors(source, lambda name: True)
+    state = _tensors(source, "model*.safetensors", lambda name: True)
     if lost := masks.keys() - state.keys():
         raise InputError(f"{source} holds a mask of {brief(min(lost))}, but no such weight.")
     with atomic_folder(target, overwrite) as fresh:
