@@ -19,6 +19,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_name_that_is_too_long_is_told_in_short(tmp_path):
+    with pytest.raises(InputError, match="File name too long") as told:
+        existing_file(tmp_path / ("x" * 5000), "the vocabulary")
+    assert len(str(told.value)) < 600
+
+
 def test_doctests():
     assert doctest.testmod(files).failed == 0
 

@@ -106,7 +106,10 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def existing_file(path: str | os.PathLike[str], what: str) -> Path:
     """`path` if it is a file; else an InputError that says `what` was looked for."""
     path = Path(path)
-    if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "there is no such file"
+    try:
+        is_file, found = path.is_file(), "it is a folder" if path.is_dir() else "there is no such file"
+    except OSError as error:  # a name that is too long
+        raise InputError(f"cannot read {what} {brief(str(path), 300)}: {error.strerror}. Check the path.") from error
+    if not is_file:
         raise InputError(f"cannot read {what} {path}: {found}. Check the path.")
     return path
