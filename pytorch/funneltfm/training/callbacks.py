@@ -327,9 +327,18 @@ class SaveRun(Checkpoint):
         self._in_window = not step
         if not step or step in self.validations:
             return
-        leaves = ranks.any_rank(self.signum > 0)
+        leaves = ranks.any_rank(self.signum > 0) and not self._validation_follows(trainer, batch_idx)
         if leaves or self._due or (self.every and step % self.every == 0):
             self._save(trainer, leaves)
+
+    def _validation_follows(self, trainer: lightning.Trainer, batch_idx: int) -> bool:
+        """Whether Lightning validates after this batch: a run that left before would go on behind it."""
+        loop = trainer.fit_loop.epoch_loop
+        if self.validations or not loop._should_check_val_epoch():
+            return False
+        at = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+        every = trainer.val_check_batch  # None where it is a time
+        return bool(every) and (at + 1) % every == 0
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
