@@ -338,7 +338,7 @@ class SaveRun(Checkpoint):
             return False
         at = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
         every = trainer.val_check_batch  # None where it is a time
-        return bool(every) and (at + 1) % every == 0
+        return every is not None and (at + 1) % every == 0
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
