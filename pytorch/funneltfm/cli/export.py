@@ -52,10 +52,12 @@ def _export_sparse(source: Path, target: Path, flags: dict[str, Any]) -> None:
 
     if not (source / "config.json").is_file():
         tasks = sorted(path.parent.name for path in source.glob("*/config.json"))
-        hint = f" It has models of {', '.join(tasks)}: name the folder of one." if tasks else ""
+        hint = "Name the folder of a run, or of a model."
+        if tasks:
+            hint = f"It has models of {', '.join(tasks)}: name the folder of one."
         raise InputError(
             f"{source} is no finetuned model: it has neither the text_config.json of a run of classify nor a "
-            f"config.json.{hint or ' Name the folder of a run, or of a model.'}"
+            f"config.json. {hint}"
         )
     if flags["to"] == "compact":
         compact_folder(source, target, flags["values"], flags["overwrite"])
